@@ -1,0 +1,70 @@
+"""EngineConfig: every choice a user has, frozen. Command-line flags derive from its fields, SGLang's names kept."""
+
+from dataclasses import dataclass, field
+
+
+def option(default, help: str, group: str = "engine", choices: tuple[str, ...] | None = None):
+    """A config field with the text `--help` shows (units included) and the commands that offer it."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`None` and "auto" are resolved once, at start, into a new object (`run/start.py`).
+
+    Fields of group "engine" configure any use; fields of group "server" only `gemcutter serve`.
+    """
+
+    model_path: str = option("carat", "folder or hub id of the checkpoint; carat and carat-edge ship inside")
+    revision: str | None = option(None, "branch, tag or commit of a hub checkpoint")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    dtype: str = option(
+        "auto",
+        "of weights and activations; auto: the checkpoint's own",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    load_format: str = option(
+        "auto",
+        "dummy makes random weights: matrices N(0, 0.02), vectors 1",
+        choices=("auto", "safetensors", "dummy"),
+    )
+    tensor_parallel_size: int = option(1, "GPUs that share the model; only 1 so far")
+    context_length: int | None = option(None, "tokens of prompt and answer; default: the model's, if the cache holds it")
+    mem_fraction_static: float = option(0.88, "share of the device's memory for weights and KV cache (GPU)")
+    max_total_tokens: int | None = option(None, "tokens the full-attention cache holds; default: what memory allows")
+    page_size: int = option(16, "tokens per KV page; a power of two")
+    chunked_prefill_size: int = option(2048, "tokens of one prompt prefilled in one step")
+    max_prefill_tokens: int = option(8192, "prompt tokens of all requests prefilled in one step")
+    max_running_requests: int | None = option(None, "requests in a step; default: 128 on a GPU, 16 on a CPU")
+    cuda_graph_max_bs: int | None = option(None, "largest decode batch captured as a CUDA graph; default: all")
+    disable_cuda_graph: bool = option(False, "run every step eagerly")
+    disable_radix_cache: bool = option(False, "no reuse of cached prefixes")
+    random_seed: int = option(0, "seed of dummy weights and of requests that bring none")
+
+    served_model_name: str | None = option(None, "name at the API; default: the model path", "server")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network", "server")
+    port: int = option(30000, "TCP port", "server")
+    api_key: str | None = option(None, "require 'Authorization: Bearer KEY' on every route but /health", "server")
+    max_body_bytes: int = option(32 * 2**20, "largest request body, bytes; more gets 413", "server")
+    max_queued_requests: int = option(4096, "requests waiting or running; more gets 503", "server")
+
+    def __post_init__(self) -> None:
+        def require(good: bool, what: str) -> None:
+            if not good:
+                raise ValueError(what)
+
+        require(self.tensor_parallel_size == 1, f"tensor_parallel_size must be 1 so far, got {self.tensor_parallel_size}")
+        require(0.0 < self.mem_fraction_static < 1.0, f"mem_fraction_static must be in (0, 1), got {self.mem_fraction_static}")
+        require(
+            8 <= self.page_size <= 256 and self.page_size & (self.page_size - 1) == 0,
+            f"page_size must be a power of two from 8 to 256, got {self.page_size}",
+        )
+        for name in ("context_length", "max_total_tokens", "chunked_prefill_size", "max_prefill_tokens",
+                     "max_running_requests", "max_body_bytes", "max_queued_requests"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(self.cuda_graph_max_bs is None or self.cuda_graph_max_bs >= 0, "cuda_graph_max_bs must not be negative")
+        require(0 <= self.port <= 65535, f"port must be in [0, 65535], got {self.port}")
+        for name, spec in self.__dataclass_fields__.items():
+            choices = spec.metadata["choices"]
+            require(choices is None or getattr(self, name) in choices, f"{name} must be one of {choices}, got {getattr(self, name)!r}")
