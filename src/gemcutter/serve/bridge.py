@@ -1,0 +1,186 @@
+"""Bridge: the API process's end of the engine process. Starts it, talks to it, sees it die."""
+
+import asyncio
+import multiprocessing
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+
+import zmq
+import zmq.asyncio
+
+from gemcutter.config import EngineConfig
+from gemcutter.schedule.request import Request, Stats
+from gemcutter.serve import wire, worker
+from gemcutter.serve.errors import ApiError, bad_request
+from gemcutter.serve.flight import Flight
+
+STOP_SECONDS = 1.5  # for the engine process to leave by itself before it is killed
+
+
+class EngineDied(Exception):
+    """The engine process could not start or is gone; the message says why."""
+
+
+class Bridge:
+    """Everything here runs on the event loop's thread."""
+
+    def __init__(self, config: EngineConfig, start: Callable) -> None:
+        self.stats: Stats | None = None  # the newest
+        self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why the engine died
+        self._max_flying = config.max_queued_requests
+        self._flights: dict[str, Flight] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._last_word: str | None = None
+        self._started: asyncio.Future[wire.Ready] = asyncio.get_running_loop().create_future()
+        self._folder = tempfile.mkdtemp(prefix="gemcutter-")  # mode 0700: the pipes are this user's alone
+        to_engine, from_engine = f"ipc://{self._folder}/to", f"ipc://{self._folder}/from"
+        self._context, self._loop_context = zmq.Context(), zmq.asyncio.Context()
+        self._push, self._pull = self._context.socket(zmq.PUSH), self._loop_context.socket(zmq.PULL)
+        for socket, address in ((self._push, to_engine), (self._pull, from_engine)):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(address)
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(
+            target=worker.main, args=(config, to_engine, from_engine, start), name="engine"
+        )
+        self._process.start()
+        asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_exit)
+        self._listener = asyncio.create_task(self._listen())
+        self._burial: asyncio.Task | None = None
+
+    async def ready(self) -> wire.Ready:
+        """Raises EngineDied if the engine does not start."""
+        await asyncio.wait([self._started, self.gone], return_when=asyncio.FIRST_COMPLETED)
+        if self.gone.done():
+            raise EngineDied(self.gone.result())
+        return self._started.result()
+
+    @property
+    def alive(self) -> bool:
+        return not self.gone.done() and self._last_word is None
+
+    @property
+    def flying(self) -> int:
+        """Sequences waiting or running."""
+        return len(self._flights)
+
+    def check_room(self, count: int) -> None:
+        """Raises ApiError if `count` more sequences are more than the server takes."""
+        if count > self._max_flying:
+            raise bad_request(f"one request may ask for {self._max_flying} sequences here, got {count}")
+        if len(self._flights) + count > self._max_flying:
+            raise ApiError(
+                503,
+                f"{len(self._flights)} requests are waiting or running; try again later",
+                code="queue_full",
+            )
+
+    def open(self, requests: list[Request]) -> Flight:
+        """Send the sequences of one API request to the engine. Whoever opens closes.
+
+        Raises ApiError (503) if the engine is gone or the queue is full.
+        """
+        if not self.alive:
+            raise ApiError(503, "the engine is not running", code="engine_dead")
+        self.check_room(len(requests))
+        flight = Flight([request.id for request in requests])
+        for request in requests:
+            assert request.id not in self._flights, f"request id {request.id} is taken"
+            self._flights[request.id] = flight
+        self._idle.clear()
+        self._send(wire.Submit(requests=requests))
+        return flight
+
+    def land(self, ids: list[str]) -> None:
+        """No more news of these sequences is wanted; those that still run are aborted."""
+        running = [id for id in ids if self._flights.pop(id, None) is not None]
+        if running and self.alive:
+            self._send(wire.Abort(ids=running))
+        if not self._flights:
+            self._idle.set()
+
+    def abort_all(self, error: ApiError) -> None:
+        flights = dict.fromkeys(self._flights.values())
+        self.land(list(self._flights))
+        for flight in flights:
+            flight.fail(error)
+
+    async def idle(self) -> None:
+        """Until no request waits or runs."""
+        await self._idle.wait()
+
+    async def stop(self) -> None:
+        """End the engine process within about STOP_SECONDS, gently if it listens."""
+        if self._started.done():  # one that still loads does not listen
+            self._send(wire.Stop())
+            await asyncio.wait([self.gone], timeout=STOP_SECONDS)
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        for task in filter(None, (self._listener, self._burial)):
+            task.cancel()
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._push.close()
+        self._pull.close()
+        self._context.term()
+        self._loop_context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, message: wire.Submit | wire.Abort | wire.Stop) -> None:
+        try:
+            self._push.send(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # no peer: it is dying, and `_on_exit` will say so to everyone
+            pass
+
+    async def _listen(self) -> None:
+        while True:
+            message = wire.from_engine.decode(await self._pull.recv())
+            match message:
+                case wire.Report():
+                    self._deliver(message)
+                case wire.Ready():
+                    self.stats = message.stats
+                    self._started.set_result(message)
+                case wire.Failed():
+                    self._last_word = message.message
+
+    def _deliver(self, report: wire.Report) -> None:
+        if report.stats is not None:
+            self.stats = report.stats
+        for update in report.updates:
+            flight = self._flights.get(update.id)
+            if flight is None:  # aborted while this was on its way
+                continue
+            if update.finish_reason is not None:
+                del self._flights[update.id]
+            if update.finish_reason == "error":
+                flight.fail(ApiError(500, update.error or "the engine gave up this request"))
+            else:
+                flight.put(update)
+        for refusal in report.refusals:
+            flight = self._flights.pop(refusal.id, None)
+            if flight is not None:
+                flight.fail(ApiError(400 if refusal.invalid else 500, refusal.message))
+        if not self._flights:
+            self._idle.set()
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        self._burial = asyncio.create_task(self._bury())
+
+    async def _bury(self) -> None:
+        await asyncio.sleep(0.1)  # for a last word that is still in the pipe
+        self._process.join()
+        reason = self._last_word or f"engine process {_ending(self._process.exitcode)}"
+        self.gone.set_result(reason)
+        self.abort_all(ApiError(500, f"the engine died: {reason}", code="engine_dead"))
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"left with exit code {code}"

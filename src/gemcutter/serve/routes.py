@@ -1,0 +1,158 @@
+"""The routes: read a request, check it, hand it to the engine, shape the answer."""
+
+import time
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from gemcutter.serve import metrics
+from gemcutter.serve.errors import ApiError, bad_request
+from gemcutter.serve.gate import KeyGate, read_json
+from gemcutter.serve.messages import check_messages
+from gemcutter.serve.reply import Reply
+from gemcutter.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse,
+    prompts_of,
+)
+from gemcutter.serve.service import COMPLETION_TOKENS, Service, new_id
+from gemcutter.serve.shapes import ChatShape, CompletionShape
+
+
+def build_app(service: Service) -> FastAPI:
+    """The ASGI application of one served model."""
+    config = service.config
+    app = FastAPI(title="gemcutter", openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_middleware(KeyGate, api_key=config.api_key)
+
+    async def read(request: Request, kind: type):
+        ask = parse(await read_json(request, config.max_body_bytes), kind)
+        service.check_model(ask.model)
+        return ask
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        arrival = time.monotonic()
+        ask = await read(request, CompletionRequest)
+        params = ask.params(ask.max_tokens, ask.logprobs)
+        prompts, id = prompts_of(ask), new_id("cmpl")
+        service.bridge.check_room(len(prompts) * params.n)
+        requests = []
+        for place, prompt in enumerate(prompts):
+            requests += await service.requests(prompt, params, f"{id}-{place}", COMPLETION_TOKENS)
+        shape = CompletionShape(
+            id, service.name, service.tokenizer, bool(ask.return_token_ids), params.logprobs is not None
+        )
+        return Reply(
+            service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask)
+        )
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        arrival = time.monotonic()
+        ask = await read(request, ChatRequest)
+        if ask.top_logprobs is not None and not ask.logprobs:
+            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        max_tokens = ask.max_tokens if ask.max_completion_tokens is None else ask.max_completion_tokens
+        params = ask.params(max_tokens, (ask.top_logprobs or 0) if ask.logprobs else None)
+        service.bridge.check_room(params.n)
+        messages = check_messages(ask.messages)
+        tools = None if ask.tool_choice == "none" else ask.tools
+        prompt = await service.render(
+            messages, tools, ask.add_generation_prompt, ask.chat_template_kwargs or {}
+        )
+        id = new_id("chatcmpl")
+        requests = await service.requests(prompt, params, id, None)
+        shape = ChatShape(id, service.name, service.tokenizer, bool(ask.return_token_ids), bool(ask.logprobs))
+        return Reply(
+            service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask)
+        )
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        ask = await read(request, TokenizeRequest)
+        if (ask.prompt is None) == (ask.messages is None):
+            raise bad_request("give either prompt or messages", "prompt")
+        if ask.messages is not None:
+            kwargs = ask.chat_template_kwargs or {}
+            ids = await service.render(
+                check_messages(ask.messages), ask.tools, ask.add_generation_prompt, kwargs
+            )
+        else:
+            ids = await service.encode(ask.prompt, ask.add_special_tokens)
+        tokenizer = service.need_tokenizer()
+        texts = [tokenizer.token(id) for id in ids] if ask.return_token_strs else None
+        return _json(
+            {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": texts}
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        ask = await read(request, DetokenizeRequest)
+        wrong = next((id for id in ask.tokens if not 0 <= id < service.vocab), None)
+        if wrong is not None:
+            raise bad_request(f"token id {wrong} is outside [0, {service.vocab})", "tokens")
+        return _json({"prompt": service.need_tokenizer().decode(ask.tokens, skip_special_tokens=False)})
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_card(service)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return _json(_card(service))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _json({"status": service.state}, 200 if service.state == "ok" else 503)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        service.metrics.stats = service.bridge.stats
+        return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        what = {404: "no such route", 405: "method not allowed"}.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, f"{what}: {request.method} {request.url.path[:200]}").response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # no one reads it
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        # uvicorn logs the traceback
+        return ApiError(500, "internal error; the server's log has the details").response()
+
+    return app
+
+
+def _include_usage(ask: CompletionRequest | ChatRequest) -> bool:
+    return ask.stream_options is not None and ask.stream_options.include_usage
+
+
+def _card(service: Service) -> dict:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "gemcutter",
+        "root": service.config.model_path,
+        "parent": None,
+        "max_model_len": service.context_length,
+    }
+
+
+def _json(content: dict, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -1,0 +1,121 @@
+"""Service: what the routes share: the bridge, the text layer, the names, the door that closes at shutdown."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from gemcutter.checkpoint.config import read_generation_config
+from gemcutter.config import EngineConfig
+from gemcutter.params import SamplingParams
+from gemcutter.schedule.request import Request
+from gemcutter.serve import wire
+from gemcutter.serve.answer import Answer
+from gemcutter.serve.bridge import Bridge
+from gemcutter.serve.errors import ApiError, bad_request
+from gemcutter.serve.metrics import Metrics
+from gemcutter.text.chat import render
+from gemcutter.text.intake import Intake
+from gemcutter.text.tokens import Tokenizer
+
+COMPLETION_TOKENS = 16  # max_tokens of a completion that names none: OpenAI's default
+T = TypeVar("T")
+
+
+class Service:
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path,
+        tokenizer: Tokenizer | None,
+        bridge: Bridge,
+        ready: wire.Ready,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.bridge = bridge
+        self.metrics = Metrics()
+        self.context_length = ready.context_length
+        self.vocab = ready.vocab
+        self.name = config.served_model_name or config.model_path
+        self.names = (self.name, config.model_path)
+        self.created = int(time.time())
+        self.closing = False
+        self._intake = Intake(tokenizer, ready.vocab, ready.context_length, read_generation_config(folder))
+
+    @property
+    def state(self) -> str:
+        """ "ok", "stopping" or "dead", as /health says it."""
+        if not self.bridge.alive:
+            return "dead"
+        return "stopping" if self.closing else "ok"
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) for a model that is not served. None means whatever is."""
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} does not exist here; served: {self.name!r}",
+                "model",
+                "model_not_found",
+            )
+
+    def need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise bad_request(f"{self.name} has no tokenizer: only completions of token ids are served")
+        return self.tokenizer
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        tokenizer = self.need_tokenizer()
+        return await _aside(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), "prompt")
+
+    async def render(
+        self, messages: list[dict], tools: list[dict] | None, opening: bool, kwargs: dict
+    ) -> list[int]:
+        """Token ids of a chat; `opening`: end with the start of the model's turn."""
+        tokenizer = self.need_tokenizer()
+        taken = {"tokenizer", "messages", "tools", "add_generation_prompt"} & kwargs.keys()
+        if taken:
+            raise bad_request(
+                f"chat_template_kwargs may not set {', '.join(sorted(taken))}", "chat_template_kwargs"
+            )
+        return await _aside(
+            lambda: render(tokenizer, messages, tools=tools, add_generation_prompt=opening, **kwargs),
+            "messages",
+        )
+
+    async def requests(
+        self, prompt: str | list[int], params: SamplingParams, id: str, default_tokens: int | None
+    ) -> list[Request]:
+        """One request per choice. `default_tokens`: max_tokens where params has none, clipped to what the
+        context leaves; an explicit max_tokens that does not fit is refused.
+
+        Raises ApiError (400).
+        """
+        ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
+        if params.max_tokens is None and default_tokens is not None:
+            room = max(1, self.context_length - len(ids))
+            params = msgspec.structs.replace(params, max_tokens=min(default_tokens, room))
+        return await _aside(lambda: self._intake.requests(ids, params, id), None)
+
+    def answer(self, requests: list[Request], n: int, arrival: float) -> Answer:
+        """`requests`: n in a row for each prompt. Raises ApiError (503) where nothing is taken any more."""
+        if self.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        return Answer(self.bridge, self.metrics, self.tokenizer, requests, n, arrival)
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+async def _aside(work: Callable[[], T], param: str | None) -> T:
+    """Run in a thread: a long prompt must not hold up the streams. A ValueError is the client's fault."""
+    try:
+        return await asyncio.to_thread(work)
+    except ValueError as error:
+        raise bad_request(str(error), param) from error
