@@ -1,0 +1,173 @@
+"""Decode attention on a GPU: one query a sequence, its keys split over programs, partial results merged.
+
+Splits are SPLIT keys long and begin at multiples of SPLIT in the sequence. Split s, counted from the first
+one in sight, goes into partial s % MAX_SLOTS; a partial folds its splits in ascending order, and the merge
+takes the partials in ascending order. So a row's bits depend on its sequence alone, and the launch on no
+length that only
+the GPU knows: a CUDA graph captured at one length replays at any.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SPLIT = 128  # keys; 26B at batch 1 with 8192 keys then keeps 2 kv heads x 64 splits on 132 SMs
+MAX_SLOTS = 64  # partials of one sequence and head; fp32, so D x 256 bytes
+PROGRAMS = 1056  # wanted in flight, 8 for each of 132 SMs; changes who computes a partial, never its bits
+ROWS = 16  # of the query tile: the tensor cores' smallest, and Gemma 4's largest group
+
+
+@triton.jit
+def _key_range(kv_len_ptr, seq, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
+    """kv_len, the oldest visible key, the split it lies in, and the number of splits from that one on."""
+    kv_len = tl.load(kv_len_ptr + seq)
+    first_key = tl.maximum(kv_len - WINDOW, 0) if WINDOW > 0 else 0
+    first_split = first_key // SPLIT
+    return kv_len, first_key, first_split, tl.cdiv(kv_len, SPLIT) - first_split
+
+
+@triton.jit(do_not_specialize=["max_pages"])
+def _partial_kernel(
+    q_ptr, k_ptr, v_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, page_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SLOTS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (worker, kv head, sequence): partials worker, worker + workers, ... of the kv head's group."""
+    workers = tl.num_programs(0)
+    kv_head = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    kv_len, first_key, first_split, num_splits = _key_range(kv_len_ptr, seq, WINDOW, SPLIT)
+    TILES: tl.constexpr = SPLIT // BLOCK_N
+    dims = tl.arange(0, D)[None, :]
+    row = tl.arange(0, ROWS)
+    head = (seq * KV_HEADS + kv_head) * GROUP + row  # of all sequences' heads
+    used = row < GROUP
+    k_ptr += kv_head * PAGE * D
+    v_ptr += kv_head * PAGE * D
+    pages_ptr += seq * max_pages
+
+    for slot in range(tl.program_id(0), tl.minimum(num_splits, SLOTS), workers):
+        q = tl.load(q_ptr + head[:, None] * D + dims, mask=used[:, None], other=0.0)
+        acc = tl.zeros([ROWS, D], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        # The slot's splits as one run of tiles, so that loads stay in flight from one split to the next.
+        rounds = (num_splits - 1 - slot) // SLOTS  # splits of this slot before its last
+        last_begin = (first_split + slot + rounds * SLOTS) * SPLIT
+        tiles = rounds * TILES + tl.cdiv(tl.minimum(kv_len - last_begin, SPLIT), BLOCK_N)
+        for tile in range(0, tiles):
+            start = (first_split + slot + tile // TILES * SLOTS) * SPLIT + tile % TILES * BLOCK_N
+            key = start + tl.arange(0, BLOCK_N)
+            # Hidden keys are read at a live one: freed pages and the tail of the last page may hold NaN.
+            live = tl.minimum(tl.maximum(key, first_key), kv_len - 1)
+            page = tl.load(pages_ptr + live // PAGE).to(tl.int64)
+            rows = (page * page_stride + live % PAGE * D)[:, None]
+            k = tl.load(k_ptr + rows + dims)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = tl.where((key == live)[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            # -inf after a first tile that lies wholly before the window
+            base = tl.where(new_top == float("-inf"), 0.0, new_top * LOG2E)
+            weight = tl.exp2(scores * LOG2E - base[:, None])
+            fade = tl.exp2(top * LOG2E - base)
+            total = total * fade + tl.sum(weight, 1)
+            v = tl.load(v_ptr + rows + dims)
+            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+            top = new_top
+        at = head * SLOTS + slot
+        tl.store(part_ptr + at[:, None] * D + dims, acc, mask=used[:, None])
+        tl.store(top_ptr + at, top, mask=used)
+        tl.store(total_ptr + at, total, mask=used)
+
+
+@triton.jit
+def _merge_kernel(
+    kv_len_ptr, part_ptr, top_ptr, total_ptr, out_ptr,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    SLOTS: tl.constexpr, SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, head, BLOCK_D dims): the partials' weighted sum, 16 partials at a time."""
+    seq = tl.program_id(0).to(tl.int64)
+    head = seq * HEADS + tl.program_id(1)
+    dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    num_splits = _key_range(kv_len_ptr, seq, WINDOW, SPLIT)[3]
+    num_slots = tl.minimum(num_splits, SLOTS)
+    slot = tl.arange(0, MAX_SLOTS)  # always as wide: the order of the sums must not follow the page table
+    tops = tl.load(top_ptr + head * SLOTS + slot, mask=slot < num_slots, other=float("-inf"))
+    totals = tl.load(total_ptr + head * SLOTS + slot, mask=slot < num_slots, other=0.0)
+    base = tl.max(tops, 0) * LOG2E
+    base = tl.where(num_slots > 0, base, 0.0)
+    total = tl.sum(tl.exp2(tops * LOG2E - base) * totals, 0)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, num_slots, 16):
+        some = begin + tl.arange(0, 16)
+        held = some < num_slots
+        some_tops = tl.load(top_ptr + head * SLOTS + some, mask=held, other=float("-inf"))
+        at = (head * SLOTS + some)[:, None] * D + dims[None, :]
+        part = tl.load(part_ptr + at, mask=held[:, None], other=0.0)
+        acc += tl.sum(part * tl.exp2(some_tops * LOG2E - base)[:, None], 0)
+    acc = tl.where(num_slots > 0, acc / total, 0.0)
+    tl.store(out_ptr + head * D + dims, acc.to(out_ptr.dtype.element_ty))
+
+
+def decode_tile(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """Tile and launch sizes, a function of dtype and head_dim only.
+
+    32 KiB of keys and values a buffer, so that three programs share an SM and cover one another's waits.
+    Triton makes (num_stages - 1) / 2 buffers here: half the stages go to the page ids that the loads wait
+    for.
+    """
+    if dtype == torch.float32:  # FMA instead of tensor cores; small, or the unrolled dot spills
+        return dict(BLOCK_N=16, num_warps=4, num_stages=1)
+    if head_dim <= 128:
+        return dict(BLOCK_N=64, num_warps=4, num_stages=5)
+    return dict(BLOCK_N=32 if head_dim <= 256 else 16, num_warps=4, num_stages=5)
+
+
+def launch_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_len: torch.Tensor,
+    pages: torch.Tensor,
+    num_seqs: int,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Attention of the first num_seqs sequences, one token each, into the first num_seqs rows of `out`.
+
+    Workspace: num_seqs x num_heads x slots x (D + 2) x 4 bytes, slots being at most MAX_SLOTS and at most the
+    splits of the page table or of the window. 26B with 64 sequences: 128 MiB in full layers, 9 in windowed
+    ones.
+    """
+    if num_seqs == 0:
+        return
+    num_kv_heads, page_size, head_dim = k_cache.shape[1:]
+    num_heads = q.shape[1]
+    group = num_heads // num_kv_heads
+    assert group <= ROWS, f"{group} query heads of one KV head; the kernel packs at most {ROWS}"
+    assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
+    assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
+    # Of shapes and window alone. Fewer than MAX_SLOTS only where no sequence can have more splits.
+    splits = triton.cdiv(pages.shape[1] * page_size, SPLIT)
+    if window is not None:
+        splits = min(splits, triton.cdiv(window, SPLIT) + 1)
+    slots = min(splits, MAX_SLOTS)
+    part = torch.empty(num_seqs, num_heads, slots, head_dim, dtype=torch.float32, device=q.device)
+    top = torch.empty(num_seqs, num_heads, slots, dtype=torch.float32, device=q.device)
+    total = torch.empty_like(top)
+    workers = max(1, min(slots, triton.cdiv(PROGRAMS, num_seqs * num_kv_heads)))
+    _partial_kernel[(workers, num_kv_heads, num_seqs)](
+        q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], k_cache.stride(0),
+        KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
+        SLOTS=slots, SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **decode_tile(q.dtype, head_dim),
+    )  # fmt: skip
+    block_d = min(head_dim, 128)
+    _merge_kernel[(num_seqs, num_heads, head_dim // block_d)](
+        kv_len, part, top, total, out,
+        HEADS=num_heads, D=head_dim, BLOCK_D=block_d, WINDOW=window or 0,
+        SLOTS=slots, SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4,
+    )  # fmt: skip

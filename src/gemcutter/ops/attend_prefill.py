@@ -1,0 +1,150 @@
+"""Prefill attention on a GPU: flash attention over pages, a KV head's query heads packed into the tile.
+
+Key tiles lie at multiples of BLOCK_N from the sequence's first token, whatever the chunk, and a tile that a
+row
+cannot see leaves its sums as they were: a row's bits depend on its position and its keys, not on chunking or
+company.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _attend_tiles(
+    acc, top, total, q, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
+    D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold keys begin : end, in tiles, into the running softmax (acc, top, total) of a query tile.
+
+    Keys outside key_first : key_last + 1 are hidden by the mask. Their loads are clamped to a live key: freed
+    pages and the tail of the last page may hold NaN, and 0 * NaN would reach acc.
+    """
+    dims = tl.arange(0, D)[None, :]
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        live = tl.minimum(tl.maximum(key, key_first), key_last)
+        page = tl.load(pages_ptr + live // PAGE).to(tl.int64)
+        rows = (page * page_stride + live % PAGE * D)[:, None]
+        k = tl.load(k_ptr + rows + dims)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = key[None, :] <= pos[:, None]
+            if WINDOW > 0:
+                seen = seen & (pos[:, None] - key[None, :] < WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = new_top * LOG2E
+        if MASKED:
+            base = tl.where(new_top == float("-inf"), 0.0, base)  # a row that has seen nothing yet
+        weight = tl.exp2(scores * LOG2E - base[:, None])
+        fade = tl.exp2(top * LOG2E - base)
+        total = total * fade + tl.sum(weight, 1)
+        v = tl.load(v_ptr + rows + dims)
+        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["first_seq", "max_pages"])
+def _prefill_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages, page_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, kv head, sequence). Row r of a sequence is query head r % GROUP of token r // GROUP."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: start them first
+    kv_head = tl.program_id(1)
+    seq = first_seq + tl.program_id(2)
+    query_begin = tl.load(query_start_ptr + seq)
+    query_len = tl.load(query_start_ptr + seq + 1) - query_begin
+    kv_len = tl.load(kv_len_ptr + seq)
+    if tile * BLOCK_M >= query_len * GROUP:
+        return
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.minimum(row // GROUP, query_len - 1)  # rows behind the last token repeat it and are not stored
+    pos = kv_len - query_len + token
+    first_pos = kv_len - query_len + tile * BLOCK_M // GROUP
+    last_pos = kv_len - query_len + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, query_len - 1)
+
+    dims = tl.arange(0, D)[None, :]
+    head = kv_head * GROUP + row % GROUP
+    at = (((query_begin + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * D)[:, None] + dims
+    q = tl.load(q_ptr + at)
+    k_ptr += kv_head * PAGE * D
+    v_ptr += kv_head * PAGE * D
+    pages_ptr += seq.to(tl.int64) * max_pages
+
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # Keys first_key .. last_pos in three runs: cut by a row's window, seen by every row, cut by the diagonal.
+    first_key = 0
+    clear_end = (first_pos + 1) // BLOCK_N * BLOCK_N
+    clear_begin = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(first_pos - WINDOW + 1, 0)
+        clear_begin = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+        acc, top, total = _attend_tiles(
+            acc, top, total, q, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
+            k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
+    acc, top, total = _attend_tiles(
+        acc, top, total, q, pos, clear_begin, clear_end, first_key, last_pos,
+        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    acc, top, total = _attend_tiles(
+        acc, top, total, q, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
+        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
+    result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, result, mask=(row < query_len * GROUP)[:, None])
+
+
+def prefill_tile(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """Tile and launch sizes, a function of dtype and head_dim only: the token count must not change bits.
+
+    A query tile, two buffers of key and value tiles and the fp32 accumulator must fit one SM: 227 KiB of
+    shared memory and 64 K registers. At D = 256 that is 64 + 2 x 64 KiB and 128 accumulators a thread, as at
+    D = 512.
+    """
+    if dtype == torch.float32:  # FMA instead of tensor cores; small, or the unrolled dot spills
+        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    if head_dim <= 256:
+        return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=3)
+
+
+def launch_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    query_start: torch.Tensor,
+    kv_len: torch.Tensor,
+    pages: torch.Tensor,
+    first_seq: int,
+    max_query_len: int,
+    window: int | None,
+    out: torch.Tensor,
+) -> None:
+    """Attention of sequences first_seq onwards into their rows of `out`; arguments as in `attend`."""
+    num_seqs = kv_len.shape[0] - first_seq
+    if num_seqs <= 0 or max_query_len == 0:
+        return
+    num_kv_heads, page_size, head_dim = k_cache.shape[1:]
+    group = q.shape[1] // num_kv_heads
+    assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
+    assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
+    tile = prefill_tile(q.dtype, head_dim)
+    grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, num_seqs)
+    _prefill_kernel[grid](
+        q, k_cache, v_cache, out, query_start, kv_len, pages, first_seq, pages.shape[1], k_cache.stride(0),
+        KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **tile,
+    )  # fmt: skip
