@@ -96,17 +96,17 @@ def attention(
     """Causal attention over the whole sequence; the score scale is 1, the norms of q and k stand in for it."""
     tokens = len(x)
     cos, sin = rope(layer, tokens, x)
-    q, *kv = F.linear(x, w.qkv).split([layer.q_width] + (layer.qkv_width - layer.q_width) // layer.kv_width * [layer.kv_width], -1)
-    q = rotate(rms_norm(q.view(tokens, -1, layer.head_dim), w.q_norm, spec.eps), cos, sin)
+    heads = F.linear(x, w.qkv).view(tokens, -1, layer.head_dim)
+    q, kv = heads[:, : layer.num_heads], heads[:, layer.num_heads :]
+    q = rotate(rms_norm(q, w.q_norm, spec.eps), cos, sin)
     if layer.owns_kv:
-        k_raw, v_raw = kv[0], kv[-1]  # the same projection where K = V
-        k = rotate(rms_norm(k_raw.reshape(tokens, -1, layer.head_dim), w.k_norm, spec.eps), cos, sin)
-        v = rms_norm(v_raw.reshape(tokens, -1, layer.head_dim), None, spec.eps)
-        shared[layer.index] = k, v
-    k, v = shared[layer.kv_owner]
+        k, v = kv[:, : layer.num_kv_heads], kv[:, -layer.num_kv_heads :]  # the same projection where K = V
+        k = rotate(rms_norm(k, w.k_norm, spec.eps), cos, sin)
+        shared[layer.index] = k, rms_norm(v, None, spec.eps)
     group = layer.num_heads // layer.num_kv_heads
-    q, k, v = q.transpose(0, 1), k.repeat_interleave(group, 1).transpose(0, 1), v.repeat_interleave(group, 1).transpose(0, 1)
-    scores = torch.matmul(q, k.transpose(1, 2)).masked_fill(~visible(layer, tokens, x.device), float("-inf"))
+    k, v = (part.repeat_interleave(group, 1).transpose(0, 1) for part in shared[layer.kv_owner])
+    scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2))
+    scores = scores.masked_fill(~visible(layer, tokens, x.device), float("-inf"))
     probabilities = torch.softmax(scores, -1, dtype=torch.float32).to(x.dtype)
     out = torch.matmul(probabilities, v).transpose(0, 1).reshape(tokens, layer.q_width)
     return F.linear(out, w.o)

@@ -1,0 +1,112 @@
+"""Gemma 4 as the engine runs it: many sequences in one flat batch, K/V in pages, fusion behind op names.
+
+Stage by stage the same mathematics as `model/plain.py`, which says what each step means and where HF rounds.
+Shapes: T tokens of all sequences, S sequences, R sampled rows, H hidden, P per-layer embedding width, V vocab.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemcutter.batch import StepBatch
+from gemcutter.cache.pool import KVPool
+from gemcutter.model.weights import LayerWeights, Weights
+from gemcutter.ops.attend import attend
+from gemcutter.ops.embed import embed
+from gemcutter.ops.experts import experts
+from gemcutter.ops.geglu import geglu
+from gemcutter.ops.logits import logits
+from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
+from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.rope import rope_table
+from gemcutter.ops.route import route
+from gemcutter.spec import LayerSpec, ModelSpec
+
+
+class Gemma4:
+    """The text model. Holds the weights and the rope tables, no state of any request."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, context_length: int) -> None:
+        self.spec = spec
+        self.weights = weights
+        dtype, device = weights.embed.dtype, weights.embed.device
+        geometries = {(layer.rope, layer.head_dim) for layer in spec.layers}
+        self._rope = {g: rope_table(*g, context_length, dtype, device) for g in geometries}
+
+    def forward(self, batch: StepBatch, pool: KVPool) -> Tensor:
+        """Logits [R, V] of `batch.logit_rows`; K/V of the batch's tokens are written to the pool."""
+        spec, w = self.spec, self.weights
+        hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
+        per_layer = self._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
+        for layer, layer_weights in zip(spec.layers, w.layers, strict=True):
+            own_input = per_layer[:, layer.index] if per_layer is not None else None
+            hidden = self.decoder_layer(layer, layer_weights, hidden, own_input, batch, pool)
+        hidden = rms_norm(hidden[batch.logit_rows], w.norm, spec.eps)
+        return logits(hidden, w.head, spec.softcap)
+
+    def decoder_layer(
+        self,
+        layer: LayerSpec,
+        w: LayerWeights,
+        hidden: Tensor,
+        own_input: Tensor | None,
+        batch: StepBatch,
+        pool: KVPool,
+    ) -> Tensor:
+        """hidden [T, H] -> [T, H]; own_input [T, P] is this layer's slice of the per-layer embeddings."""
+        eps = self.spec.eps
+        # 1. Attention
+        attended = self._attention(layer, w, rms_norm(hidden, w.input_norm, eps), batch, pool)
+        hidden = hidden + rms_norm(attended, w.post_attention_norm, eps)
+        # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
+        out = _mlp(rms_norm(hidden, w.pre_feedforward_norm, eps), w.gate_up, w.down)
+        if w.experts is not None:
+            routed = experts(
+                rms_norm(hidden, w.experts.pre_norm, eps),
+                *route(hidden, w.experts, layer.experts.top_k, eps),
+                w.experts.gate_up,
+                w.experts.down,
+            )
+            out = rms_norm(out, w.experts.dense_post_norm, eps) + rms_norm(routed, w.experts.post_norm, eps)
+        hidden = hidden + rms_norm(out, w.post_feedforward_norm, eps)
+        # 3. Per-layer input
+        if w.per_layer_input is not None:
+            gated = F.gelu(F.linear(hidden, w.per_layer_input.gate), approximate="tanh") * own_input
+            projected = F.linear(gated, w.per_layer_input.projection)
+            hidden = hidden + rms_norm(projected, w.per_layer_input.post_norm, eps)
+        # 4. Scale
+        return hidden * w.scalar
+
+    def _attention(
+        self, layer: LayerSpec, w: LayerWeights, x: Tensor, batch: StepBatch, pool: KVPool
+    ) -> Tensor:
+        """Project, norm and rotate q, write K/V of the new tokens to their slots, attend over the pages."""
+        where = batch.kinds[layer.kind]
+        k_cache, v_cache = pool.k(layer.index), pool.v(layer.index)
+        q = qkv_rope_store(
+            F.linear(x, w.qkv),
+            w.q_norm,
+            w.k_norm,
+            *self._rope[layer.rope, layer.head_dim],
+            batch.positions,
+            self.spec.eps,
+            layer.num_heads,
+            layer.num_kv_heads,
+            k_cache,
+            v_cache,
+            where.slots,
+            mode_of(layer),
+        )
+        out = attend(q, k_cache, v_cache, batch, where.pages, layer.window)
+        return F.linear(out.flatten(1), w.o)
+
+    def _per_layer_inputs(self, batch: StepBatch, hidden: Tensor) -> Tensor:
+        """Per-layer embeddings [T, L, P]."""
+        spec, w = self.spec, self.weights.per_layer
+        shape = (len(hidden), len(spec.layers), spec.ple_width)
+        identity = embed(batch.token_ids, w.embed, spec.ple_width**0.5).view(shape)
+        context = F.linear(hidden, w.projection) * spec.hidden**-0.5
+        return (rms_norm(context.view(shape), w.projection_norm, spec.eps) + identity) * 2.0**-0.5
+
+
+def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(geglu(F.linear(x, gate_up)), down)

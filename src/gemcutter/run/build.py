@@ -1,0 +1,76 @@
+"""StepBuilder: a plan of one step, in plain ints, becomes the tensors the model reads."""
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+
+from gemcutter.batch import KindBatch, StepBatch
+from gemcutter.cache.ledger import Ledger
+from gemcutter.schedule.plan import Plan
+from gemcutter.spec import Kind
+
+
+class StepBuilder:
+    """Builds on the host with numpy and sends everything in two copies, one of int64 and one of int32."""
+
+    def __init__(self, kinds: Many[Kind], page_size: int, device: torch.device) -> None:
+        self._kinds = tuple(kinds)
+        self._page_size = page_size
+        self._device = device
+
+    def build(self, plan: Plan, ledger: Ledger, pad_to: int = 0) -> StepBatch:
+        """The batch of `plan`, decodes first. With `pad_to`, empty sequences of one token fill it up to that many.
+
+        An empty sequence holds the one token it writes to page 0, so that its attention is finite.
+        """
+        chunks = plan.chunks
+        assert not (pad_to and plan.prefills), "only decode batches are padded"
+        padding = max(0, pad_to - len(chunks))
+        rows = len(chunks) + padding
+        start = np.array([c.start for c in chunks] + [0] * padding, np.int64)
+        stop = np.array([c.stop for c in chunks] + [1] * padding, np.int64)
+        query_len = stop - start
+        query_start = np.zeros(rows + 1, np.int64)
+        np.cumsum(query_len, out=query_start[1:])
+        sequence_of = np.repeat(np.arange(rows), query_len)
+        positions = np.arange(query_start[-1]) + (start - query_start[:-1])[sequence_of]
+        tokens = np.zeros(query_start[-1], np.int64)
+        for i, chunk in enumerate(chunks):
+            tokens[query_start[i] : query_start[i + 1]] = chunk.sequence.token_slice(chunk.start, chunk.stop)
+        max_kv_len = int(stop.max())
+        max_pages = -(-max_kv_len // self._page_size)
+        pages, slots = {}, {}
+        for kind in self._kinds:
+            table = np.zeros((rows, max_pages), np.int32)
+            for i, chunk in enumerate(chunks):
+                row = ledger.table(chunk.sequence.id, kind)[:max_pages]
+                table[i, : len(row)] = row
+            pages[kind] = table
+            page = table[sequence_of, positions // self._page_size].astype(np.int64)
+            slots[kind] = page * self._page_size + positions % self._page_size
+        sampled = [i for i, c in enumerate(chunks) if c.samples] + list(range(len(chunks), rows))
+        logit_rows = query_start[1:][sampled] - 1
+
+        wide = self._send([tokens, positions, logit_rows, *slots.values()], np.int64)
+        narrow = self._send([query_start, stop, *pages.values()], np.int32)
+        return StepBatch(
+            token_ids=wide[0],
+            positions=wide[1],
+            logit_rows=wide[2],
+            query_start=narrow[0],
+            kv_len=narrow[1],
+            kinds={
+                kind: KindBatch(pages=narrow[2 + i].view(rows, max_pages), slots=wide[3 + i])
+                for i, kind in enumerate(self._kinds)
+            },
+            num_decodes=len(plan.decodes) + padding,
+            max_query_len=int(query_len[len(plan.decodes) + padding :].max(initial=0)),
+            max_kv_len=max_kv_len,
+        )
+
+    def _send(self, arrays: list[np.ndarray], dtype: type) -> list[torch.Tensor]:
+        flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(dtype, copy=False))
+        if self._device.type == "cuda":
+            flat = flat.pin_memory().to(self._device, non_blocking=True)
+        return list(flat.split([a.size for a in arrays]))
