@@ -29,7 +29,8 @@ _COMMON = {
 KINDS: dict[str, dict] = {
     "dense": _COMMON | {"num_hidden_layers": 5, "layer_types": [S, S, F, S, F]},
     # 12B, 31B: K = V and fewer kv heads on full layers
-    "dense_k_eq_v": _COMMON | {
+    "dense_k_eq_v": _COMMON
+    | {
         "vocab_size": 128,
         "num_hidden_layers": 6,
         "layer_types": [S, S, F, S, S, F],
@@ -42,7 +43,8 @@ KINDS: dict[str, dict] = {
         "use_bidirectional_attention": "vision",
     },
     # 26B-A4B
-    "moe": _COMMON | {
+    "moe": _COMMON
+    | {
         "num_hidden_layers": 4,
         "layer_types": [S, S, S, F],
         "num_attention_heads": 8,
@@ -56,14 +58,16 @@ KINDS: dict[str, dict] = {
         "use_bidirectional_attention": "vision",
     },
     # E4B: per-layer embeddings, the last layers read the K/V of earlier ones
-    "ple_shared": _COMMON | {
+    "ple_shared": _COMMON
+    | {
         "num_hidden_layers": 7,
         "layer_types": [S, F, S, F, S, S, F],
         "hidden_size_per_layer_input": 32,
         "num_kv_shared_layers": 3,
     },
     # E2B: as E4B, one kv head, and the sharing layers' MLP is twice as wide
-    "ple_double_wide": _COMMON | {
+    "ple_double_wide": _COMMON
+    | {
         "vocab_size": 160,
         "vocab_size_per_layer_input": 160,
         "num_hidden_layers": 7,
