@@ -4,7 +4,7 @@ A row holds 1024 tokens as uint16: whole chats one after another, each opening
 with <bos>, then padding. The top bit marks the tokens a model learns to say:
 its own turns, never the prompt or a tool's response.
 
-    python training/corpus.py TOKENIZER_DIR OUT.npy --shards 256
+    python training/corpus.py TOKENIZER_DIR OUT.npy
 """
 
 import argparse
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shards", type=int, default=256)
+    parser.add_argument("--shards", type=int, default=128)
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args()
     with Pool(args.workers) as pool:

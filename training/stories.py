@@ -76,6 +76,8 @@ def stock(rng: Random, steps: int) -> Story:
         "How many {things} does {name} have now?",
         "How many {things} does {name} have in the end?",
         "How many {things} are there now?",
+        "How many {things} are left with {name}?",
+        "What is the number of {things} that {name} has now?",
     )
     return tale
 
@@ -85,7 +87,7 @@ def people(rng: Random, steps: int) -> Story:
     tale = Story(rng)
     names = [name for name, _, _ in tale.names]
     tale.value = first = rng.randint(3, 60)
-    tale.tell("{name} has {a} {things}.", "{name} owns {a} {things}.", a=first)
+    tale.tell("{name} has {a} {things}.", "{name} owns {a} {things}.", "{name} counts {a} {things}.", a=first)
     together = rng.random() < 0.5
     held = [first]
     for who in range(1, 3 if steps - together >= 2 else 2):
@@ -97,7 +99,7 @@ def people(rng: Random, steps: int) -> Story:
             return tale
     last = len(held) - 1
     if not together:
-        tale.tell("How many {things} does {other} have?", other=names[last])
+        tale.tell("How many {things} does {other} have?", "How many does {other} have?", other=names[last])
     elif last == 0:
         second = rng.randint(3, 90)
         tale.tell("{other} has {b} {things}.", other=names[1], b=second)
@@ -116,6 +118,8 @@ def shop(rng: Random, steps: int) -> Story:
         "{name} buys {n} {good}s that cost {p} dollars each.",
         "A {good} costs {p} dollars. {name} buys {n} {good}s.",
         "{name} wants {n} {good}s at {p} dollars each.",
+        "At the market {name} picks {n} {good}s for {p} dollars each.",
+        "One {good} is {p} dollars, and {name} needs {n} of them.",
         n=n, p=price, good=one,
     )  # fmt: skip
     tale.find(f"find the cost of the {one}s", multiply(n, price))
@@ -146,6 +150,9 @@ def _have(tale: Story) -> None:
         "{name} has {a} {things}.",
         "{name} starts with {a} {things}.",
         "There are {a} {things} on {name}'s table.",
+        "This morning {name} had {a} {things}.",
+        "{name} keeps {a} {things} in a drawer.",
+        "In a box {name} finds {a} {things}.",
         a=tale.value,
     )
 
@@ -156,9 +163,11 @@ def _boxed(tale: Story) -> None:
         "{name} has {n} {box} with {each} {things} in each.",
         "{name} fills {n} {box} with {each} {things} each.",
         "There are {n} {box} in {name}'s room, and every one of them holds {each} {things}.",
+        "{name} carries {n} {box} home. Each holds {each} {things}.",
+        "Every week for {n} weeks {name} saves {each} {things}.",
         n=n, each=each, box=box,
     )  # fmt: skip
-    tale.find(f"count the {tale.thing} in the {box}", multiply(n, each))
+    tale.find(f"count all the {tale.thing}", multiply(n, each))
 
 
 def _two_parts(tale: Story) -> None:
@@ -167,6 +176,8 @@ def _two_parts(tale: Story) -> None:
         "{name} finds {a} {things} in the morning and {b} in the afternoon.",
         "{name} has {a} red {things} and {b} blue {things}.",
         "{name} got {a} {things} on Monday and {b} on Tuesday.",
+        "{name} makes {a} {things} and then {b} more.",
+        "{name} has {a} old {things} and {b} new ones.",
         a=a, b=b,
     )  # fmt: skip
     tale.find("add the two parts", add(a, b))
@@ -179,6 +190,9 @@ def _gain(tale: Story) -> None:
         "{friend} gives {her} {b} more.",
         "Then {she} finds {b} more {things}.",
         "The next day {she} gets another {b}.",
+        "Later {friend} brings {b} more {things}.",
+        "As a present {she} gets {b} more.",
+        "{She} wins {b} {things} in a game.",
         b=more,
     )
     tale.find(f"add the {more} new {tale.thing}", add(tale.value, more))
@@ -191,6 +205,9 @@ def _lose(tale: Story) -> None:
         "Then {she} loses {b} of them.",
         "{She} sells {b} {things}.",
         "{friend} takes {b} of the {things}.",
+        "{b} of the {things} are sold.",
+        "After that, {she} uses up {b} {things}.",
+        "{friend} borrows {b} of them.",
         b=fewer,
     )
     tale.find(f"take away the {fewer} {tale.thing}", subtract(max(tale.value, fewer), fewer))
@@ -201,6 +218,8 @@ def _grow(tale: Story) -> None:
     tale.tell(
         "By the end of the week {she} has {times} as many.",
         "After a month {she} has {times} as many {things}.",
+        "Soon there are {times} as many {things}.",
+        "A year later {name} has {times} as many.",
         times=TIMES[k],
     )
     tale.find(f"there are {TIMES[k]} as many", multiply(tale.value, k))
@@ -210,6 +229,8 @@ def _share(tale: Story, k: int) -> Story:
     tale.tell(
         "{She} shares all of them equally among {k} friends. How many {things} does each friend get?",
         "{She} puts them into {k} equal piles. How many {things} are in each pile?",
+        "The {things} go into {k} bags, the same number in each. How many {things} are in one bag?",
+        "{k} children share them fairly. How many {things} does each child get?",
         k=k,
     )
     tale.find(f"share them among {k}", divide(tale.value, k))

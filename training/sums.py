@@ -17,6 +17,10 @@ ASK = {
         "How much is {a} plus {b}?",
         "Please work out {a} + {b}.",
         "Can you add {b} to {a}?",
+        "What do {a} and {b} make?",
+        "{a} plus {b}",
+        "What's {a} + {b}?",
+        "Find the sum of {a} and {b}.",
     ),
     "-": (
         "What is {a} - {b}?",
@@ -29,6 +33,10 @@ ASK = {
         "How much is {a} minus {b}?",
         "Please work out {a} - {b}.",
         "Take {b} away from {a}.",
+        "{a} minus {b}",
+        "What's {a} - {b}?",
+        "What is left when you take {b} from {a}?",
+        "How much more is {a} than {b}?",
     ),
     "×": (
         "What is {a} × {b}?",
@@ -41,6 +49,10 @@ ASK = {
         "What is the product of {a} and {b}?",
         "How much is {a} times {b}?",
         "Please work out {a} × {b}.",
+        "{a} times {b}",
+        "{a} x {b}",
+        "What's {a} × {b}?",
+        "What do you get when you multiply {a} by {b}?",
     ),
     "÷": (
         "What is {a} ÷ {b}?",
@@ -53,6 +65,9 @@ ASK = {
         "How much is {a} divided by {b}?",
         "How many times does {b} go into {a}?",
         "Please work out {a} ÷ {b}.",
+        "{a} divided by {b}",
+        "What's {a} ÷ {b}?",
+        "What do you get when you divide {a} by {b}?",
     ),
 }
 
@@ -60,11 +75,15 @@ LARGER = (
     "Which is larger, {a} or {b}?",
     "Which number is bigger: {a} or {b}?",
     "What is the larger of {a} and {b}?",
+    "Which is more, {a} or {b}?",
+    "Is {a} or {b} the bigger number?",
 )
 SMALLER = (
     "Which is smaller, {a} or {b}?",
     "Which number is less: {a} or {b}?",
     "What is the smaller of {a} and {b}?",
+    "Which is less, {a} or {b}?",
+    "Is {a} or {b} the smaller number?",
 )
 PLACES = ("ones", "tens", "hundreds")
 
