@@ -1,0 +1,252 @@
+"""Mixture of experts: each token's top k expert MLPs, weighted and added.
+
+Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`); down = linear; * weight in
+float; each rounded to the dtype. A token's slots are then added in ascending expert id, rounded after each.
+Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits.
+
+On a GPU one kernel sorts the slots by expert, a grouped GEMM makes the [slots, N] activations, a second one
+the [slots, H] outputs, and a last kernel adds them up. Grids are bounded by the number of slots alone, so
+nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other row, nor on how
+many share its expert: every tile walks K in the same steps, into one accumulator a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from gemcutter.ops.geglu import geglu_reference, gelu_tanh
+
+
+def experts(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Apply each token's experts.
+
+    Args:
+        x: [T, H], normed, row stride free.
+        ids: [T, k] int32 or int64 in [0, E).
+        weights: [T, k] float32.
+        gate_up: [E, 2N, H] of x's dtype, gate rows then up rows.
+        down: [E, H, N] of x's dtype.
+
+    Returns:
+        [T, H] of x's dtype.
+    """
+    if x.is_cpu:
+        return experts_reference(x, ids, weights, gate_up, down)
+    return experts_launch(x, ids, weights, gate_up, down)
+
+
+def experts_reference(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():  # ascending
+        slot, token = torch.where(ids.T == expert)
+        y = F.linear(geglu_reference(F.linear(x[token], gate_up[expert])), down[expert])
+        out.index_add_(0, token, (y * weights[token, slot, None]).to(x.dtype))
+    return out
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _sort_kernel(ids_ptr, order_ptr, starts_ptr, num_slots, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Program e lists the slots of expert e, ascending, at order[starts[e] : starts[e+1]]."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, num_slots, BLOCK):
+        ids = tl.load(ids_ptr + begin + lane, mask=begin + lane < num_slots, other=E)
+        before += (ids < expert).to(tl.int32)
+    start = tl.sum(before, axis=0)
+    tl.store(starts_ptr + expert, start)
+    if expert == E - 1:
+        tl.store(starts_ptr + E, num_slots)
+    for begin in range(0, num_slots, BLOCK):
+        slot = begin + lane
+        mine = tl.load(ids_ptr + slot, mask=slot < num_slots, other=E) == expert
+        rank = tl.cumsum(mine.to(tl.int32), axis=0)
+        tl.store(order_ptr + start + rank - 1, slot, mask=mine)
+        start += tl.sum(mine.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _find_rows(starts_ptr, tile, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert and rows [begin, end) of the order that this tile covers; expert >= E past the last tile."""
+    lane = tl.arange(0, E_BLOCK)
+    starts = tl.load(starts_ptr + lane, mask=lane < E, other=0)
+    ends = tl.load(starts_ptr + lane + 1, mask=lane < E, other=0)
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    last = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((last <= tile).to(tl.int32), axis=0)
+    chosen = lane == expert
+    begin = tl.sum(tl.where(chosen, starts + (tile - last + tiles) * BLOCK_M, 0), axis=0)
+    end = tl.sum(tl.where(chosen, ends, 0), axis=0)
+    return expert, begin, end
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr, order_ptr, starts_ptr, gate_up_ptr, hidden_ptr, x_stride,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden[row] = geglu(x[order[row] // TOP_K] @ gate_up[expert].T), rows in sorted order."""
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    expert, begin, end = _find_rows(starts_ptr, pid // column_tiles, E, E_BLOCK, BLOCK_M)
+    if expert >= E:
+        return
+    row = begin + tl.arange(0, BLOCK_M)
+    row_in = row < end
+    token = tl.load(order_ptr + row, mask=row_in, other=0).to(tl.int64) // TOP_K
+    col = pid % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_in = col < N
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
+    gate_at = gate_up_ptr + expert.to(tl.int64) * (2 * N * H) + col[None, :] * H + k[:, None]
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin_k in range(0, H, BLOCK_K):
+        k_in = k < H - begin_k
+        x = tl.load(x_at + begin_k, mask=row_in[:, None] & k_in[None, :], other=0.0)
+        w_gate = tl.load(gate_at + begin_k, mask=col_in[None, :] & k_in[:, None], other=0.0)
+        w_up = tl.load(gate_at + N * H + begin_k, mask=col_in[None, :] & k_in[:, None], other=0.0)
+        gate = tl.dot(x, w_gate, gate, input_precision="ieee")
+        up = tl.dot(x, w_up, up, input_precision="ieee")
+    dtype = hidden_ptr.dtype.element_ty
+    activated = gelu_tanh(gate.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    out = (activated * up.to(dtype).to(tl.float32)).to(dtype)
+    at = hidden_ptr + row[:, None].to(tl.int64) * N + col[None, :]
+    tl.store(at, out, mask=row_in[:, None] & col_in[None, :])
+
+
+@triton.jit
+def _down_kernel(
+    hidden_ptr, order_ptr, starts_ptr, down_ptr, out_ptr,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[order[row]] = hidden[row] @ down[expert].T: back from sorted rows to slots."""
+    column_tiles: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    expert, begin, end = _find_rows(starts_ptr, pid // column_tiles, E, E_BLOCK, BLOCK_M)
+    if expert >= E:
+        return
+    row = begin + tl.arange(0, BLOCK_M)
+    row_in = row < end
+    col = pid % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_in = col < H
+    k = tl.arange(0, BLOCK_K)
+    hidden_at = hidden_ptr + row[:, None].to(tl.int64) * N + k[None, :]
+    down_at = down_ptr + expert.to(tl.int64) * (H * N) + col[None, :] * N + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for begin_k in range(0, N, BLOCK_K):
+        k_in = k < N - begin_k
+        hidden = tl.load(hidden_at + begin_k, mask=row_in[:, None] & k_in[None, :], other=0.0)
+        w = tl.load(down_at + begin_k, mask=col_in[None, :] & k_in[:, None], other=0.0)
+        acc = tl.dot(hidden, w, acc, input_precision="ieee")
+    slot = tl.load(order_ptr + row, mask=row_in, other=0).to(tl.int64)
+    at = out_ptr + slot[:, None] * H + col[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=row_in[:, None] & col_in[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    slots_ptr, ids_ptr, weights_ptr, out_ptr,
+    H: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum of slots[t, i] * weights[t, i] in ascending expert id, rounded after each step."""
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < H
+    i = tl.arange(0, K_BLOCK)
+    far = 2147483647  # past every expert
+    ids = tl.load(ids_ptr + token * TOP_K + i, mask=i < TOP_K, other=far).to(tl.int32)
+    # Equal ids, which no router makes, keep slot order, as HF's index_add does.
+    ahead = (ids[None, :] < ids[:, None]) | ((ids[None, :] == ids[:, None]) & (i[None, :] < i[:, None]))
+    rank = tl.sum(ahead.to(tl.int32), axis=1)
+    dtype = out_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK], tl.float32)
+    for step in tl.static_range(TOP_K):
+        slot = token * TOP_K + tl.sum(tl.where(rank == step, i, 0), axis=0)
+        y = tl.load(slots_ptr + slot * H + col, mask=inside, other=0.0).to(tl.float32)
+        y = (y * tl.load(weights_ptr + slot)).to(dtype).to(tl.float32)
+        acc = (acc + y).to(dtype).to(tl.float32)
+    tl.store(out_ptr + token * H + col, acc.to(dtype), mask=inside)
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# Tiles of the up and the down GEMM (sharing BLOCK_M), by a bound of mean rows per expert. BLOCK_K is one per
+# dtype, since it sets the order of the sum. The first bucket streams weights: many programs, deep queues.
+_HALF_TILES = (
+    (8, Tile(16, 32, 64, 4, 5), Tile(16, 64, 64, 4, 5)),
+    (64, Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
+    (float("inf"), Tile(128, 64, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
+)
+# Without tensor cores: "ieee" products of floats are FMAs.
+_FLOAT_TILES = (Tile(16, 32, 32, 4, 2), Tile(16, 64, 32, 4, 2))
+
+
+def tiles_for(dtype: torch.dtype, num_slots: int, num_experts: int) -> tuple[Tile, Tile]:
+    """Tiles of the up and down GEMM."""
+    if dtype == torch.float32:
+        return _FLOAT_TILES
+    return next((up, down) for rows, up, down in _HALF_TILES if num_slots <= rows * num_experts)
+
+
+def experts_launch(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    (tokens, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
+    assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous(), "rows must be contiguous"
+    assert gate_up.shape == (num_experts, 2 * width, hidden), f"gate_up {gate_up.shape}, down {down.shape}"
+    assert down.shape[1] == hidden, f"x {x.shape}, down {down.shape}"
+    assert x.dtype == gate_up.dtype == down.dtype and weights.dtype == torch.float32, (x.dtype, weights.dtype)
+    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    num_slots = tokens * top_k
+    if num_slots == 0:
+        return out.zero_()
+    ids, weights = ids.contiguous(), weights.contiguous()
+    order = torch.empty(num_slots, dtype=torch.int32, device=x.device)
+    starts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
+    activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
+    slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
+
+    block = 1024 if num_slots <= 1024 else 4096
+    _sort_kernel[(num_experts,)](ids, order, starts, num_slots, E=num_experts, BLOCK=block, num_warps=4)
+    up_tile, down_tile = tiles_for(x.dtype, num_slots, num_experts)
+    # Every hit expert ends in at most one partly filled tile.
+    row_tiles = (num_slots + min(num_experts, num_slots) * (up_tile.block_m - 1)) // up_tile.block_m
+    shape = dict(E=num_experts, E_BLOCK=triton.next_power_of_2(num_experts), H=hidden, N=width)
+    _up_kernel[(row_tiles * triton.cdiv(width, up_tile.block_n),)](
+        x, order, starts, gate_up, activated, x.stride(0), TOP_K=top_k, **shape, **_launch_options(up_tile)
+    )
+    _down_kernel[(row_tiles * triton.cdiv(hidden, down_tile.block_n),)](
+        activated, order, starts, down, slots, **shape, **_launch_options(down_tile)
+    )
+    columns = 1024
+    _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
+        slots, ids, weights, out,
+        H=hidden, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=columns, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

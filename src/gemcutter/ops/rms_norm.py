@@ -1,0 +1,68 @@
+"""RMSNorm over the last dim, with or without weight.
+
+y = x * (mean(x^2) + eps)^-0.5 * w in float, rounded once at the end. The weight is w, not 1 + w.
+Source: HF `Gemma4RMSNorm`; on a CPU the bits are its bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Normalise each row.
+
+    Args:
+        x: [..., H], any float dtype, at most 3 dims on a GPU; the last dim contiguous, other strides free.
+        weight: [H] contiguous, or None.
+
+    Returns:
+        [..., H] of x's dtype, contiguous on a GPU.
+    """
+    if x.is_cpu:
+        return rms_norm_reference(x, weight, eps)
+    return rms_norm_launch(x, weight, eps)
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    if weight is not None:
+        wide = wide * weight.float()
+    return wide.to(x.dtype)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, y_ptr, outer_stride, inner_stride, inner, eps,
+    H: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    inside = col < H
+    start = x_ptr + row // inner * outer_stride + row % inner * inner_stride
+    x = tl.load(start + col, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x * x, axis=0) / H
+    y = x * tl.rsqrt(mean + eps)
+    if WEIGHTED:
+        y = y * tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * H + col, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm_launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    width = x.shape[-1]
+    assert x.ndim <= 3 and x.stride(-1) == 1, f"want <= 3 dims, rows contiguous; got {x.shape} {x.stride()}"
+    assert weight is None or (weight.shape == (width,) and weight.is_contiguous()), f"want weight [{width}]"
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = y.numel() // width
+    if rows == 0:
+        return y
+    flat = x if x.ndim == 3 else x.reshape(-1, 1, width) if x.ndim == 1 else x.unsqueeze(1)
+    block = triton.next_power_of_2(width)
+    # 8 warps on rows from 4096: at most 32 floats a thread. A row of 256 (a head) is work for one warp.
+    warps = min(8, max(1, block // 512))
+    _rms_norm_kernel[(rows,)](
+        flat, weight, y, flat.stride(0), flat.stride(1), flat.shape[1], eps,
+        H=width, BLOCK=block, WEIGHTED=weight is not None, num_warps=warps,
+    )  # fmt: skip
+    return y
