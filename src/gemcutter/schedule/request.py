@@ -11,7 +11,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     prompt_ids: list[int]
     params: SamplingParams
-    stop_ids: frozenset[int]  # tokens that end the text: the checkpoint's eos list unless ignored, and the user's
+    stop_ids: frozenset[int]  # that end the text: the checkpoint's eos list unless ignored, and the user's
     seed: int
 
 

@@ -1,0 +1,246 @@
+"""Scheduler: which tokens of which requests the next step computes. No torch.
+
+First come, first served. Every running request is older than every waiting one, and where pages are short
+the older takes them from the youngest. So the oldest always goes on, and as the cache holds any one request
+alone, all of them end.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from gemcutter.cache.ledger import Ledger
+from gemcutter.schedule.plan import Chunk, Plan
+from gemcutter.schedule.request import Request, Stats
+from gemcutter.schedule.sequence import Sequence
+from gemcutter.spec import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A sampled token that counts. The sequence's finish_reason says whether it was the last."""
+
+    row: int  # among the plan's sampling chunks
+    sequence: Sequence
+    token_id: int
+
+
+class Scheduler:
+    """`plan` and `commit` take turns; `add` and `abort` may come at any time between them."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        context_length: int,
+        max_running_requests: int,
+        chunked_prefill_size: int,
+        max_prefill_tokens: int,
+    ) -> None:
+        chunk = min(chunked_prefill_size, max_prefill_tokens)
+        for kind, need in ledger.layout.one_request(context_length, chunk).items():
+            total = ledger.books[kind].total
+            assert total >= need, f"{total} {kind.value} pages; {context_length} tokens need {need}"
+        self.ledger = ledger
+        self._context_length = context_length
+        self._max_running = max_running_requests
+        self._chunk = chunk
+        self._max_prefill_tokens = max_prefill_tokens
+        self._live: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()  # in order of arrival, as is running
+        self._running: list[Sequence] = []
+        self._in_flight: Plan | None = None
+        self._arrivals = 0
+        self._preemptions = 0
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            ValueError: it can never run, or its id is taken.
+        """
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ValueError("the prompt has no tokens; send at least one")
+        if length >= self._context_length:
+            raise ValueError(
+                f"the prompt has {length} tokens, the context holds {self._context_length} with the answer; "
+                f"shorten the prompt to at most {self._context_length - 1}"
+            )
+        if request.id in self._live:
+            raise ValueError(f"a request with id {request.id!r} is still running; choose another id")
+        sequence = Sequence(request, self._arrivals, self.ledger.layout.page_size, self._context_length)
+        self._arrivals += 1
+        self._live[request.id] = sequence
+        self._waiting.append(sequence)
+        return sequence
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; False if there is none. If a step under way has it, its pages wait for the commit."""
+        sequence = self._live.get(request_id)
+        if sequence is None or sequence.finish_reason is not None:
+            return False
+        sequence.finish_reason = "abort"
+        if sequence.arrival >= self._first_waiting():
+            self._waiting.remove(sequence)
+            del self._live[request_id]
+        elif self._in_flight is None or sequence not in self._in_flight.sequences:
+            self._running.remove(sequence)
+            self._retire(sequence)
+        return True
+
+    def plan(self) -> Plan | None:
+        """Claim pages for the next step and say what it computes; None if nothing is left to do.
+
+        Running requests come before waiting ones, decodes before prompts.
+        """
+        assert self._in_flight is None, "a step is planned while another waits for its commit"
+        chosen: dict[str, Chunk] = {}
+        decodes = [sequence for sequence in self._running if sequence.num_to_compute == 1]
+        prefills = [sequence for sequence in self._running if sequence.num_to_compute > 1]
+        for sequence in decodes:
+            self._choose(sequence, 1, chosen)
+        budget = self._max_prefill_tokens
+        for sequence in prefills:
+            size = min(sequence.num_to_compute, self._chunk, budget)
+            if size and self._choose(sequence, size, chosen):
+                budget -= size
+        self._admit(budget, chosen)
+        if not chosen:
+            assert not self._live, f"no step for {list(self._live.values())}"
+            return None
+        self._in_flight = Plan(
+            decodes=tuple(chunk for chunk in chosen.values() if chunk.is_decode),
+            prefills=tuple(chunk for chunk in chosen.values() if not chunk.is_decode),
+        )
+        return self._in_flight
+
+    def commit(self, plan: Plan, token_ids: list[int]) -> list[NewToken]:
+        """Take in a step: `token_ids` has one token per sampling chunk, in the order of plan.chunks.
+
+        Tokens of requests aborted meanwhile are dropped. Finished requests give their pages back.
+        """
+        assert plan is self._in_flight, "commit of a step that is not under way"
+        samplers = sum(chunk.samples for chunk in plan.chunks)
+        assert len(token_ids) == samplers, f"{len(token_ids)} tokens for {samplers} sampling chunks"
+        new, row = [], 0
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if sequence.finish_reason is None:
+                sequence.num_computed = chunk.stop
+                self.ledger.commit(sequence.id, chunk.stop)
+                if chunk.samples:
+                    sequence.append(token_ids[row])
+                    new.append(NewToken(row, sequence, token_ids[row]))
+            row += chunk.samples
+        self._close(plan)
+        return new
+
+    def fail(self, plan: Plan) -> list[Sequence]:
+        """The step broke: end its requests with "error". Nothing it wrote is ever read."""
+        assert plan is self._in_flight, "failure of a step that is not under way"
+        failed = [chunk.sequence for chunk in plan.chunks if chunk.sequence.finish_reason is None]
+        for sequence in failed:
+            sequence.finish_reason = "error"
+        self._close(plan)
+        return failed
+
+    def stats(self) -> Stats:
+        books = self.ledger.books.items()
+        return Stats(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            pages_used={kind.value: book.used for kind, book in books},
+            pages_cached={kind.value: book.cached for kind, book in books},
+            pages_total={kind.value: book.total for kind, book in books},
+            preemptions=self._preemptions,
+            steps=self._steps,
+        )
+
+    def check_invariants(self) -> None:
+        """Assert the order of service, and that exactly the running sequences hold pages."""
+        order = [sequence.arrival for sequence in (*self._running, *self._waiting)]
+        assert order == sorted(set(order)), f"running then waiting {order} != order of arrival"
+        queued = {sequence.id for sequence in (*self._running, *self._waiting)}
+        assert queued == self._live.keys(), f"queued {queued} != live {set(self._live)}"
+        running = {sequence.id for sequence in self._running}
+        assert running == self.ledger.holders, f"running {running} != holding pages {self.ledger.holders}"
+        assert len(running) <= self._max_running, f"{len(running)} running > {self._max_running}"
+        self.ledger.check_invariants()
+
+    def _choose(self, sequence: Sequence, size: int, chosen: dict[str, Chunk]) -> bool:
+        """Put the sequence's next `size` tokens into the step if it gets the pages.
+
+        It takes them from younger sequences. The youngest keeps what it holds and waits for the next step.
+        """
+        if sequence.arrival >= self._first_waiting():
+            return False  # put back by an older one in this very step
+        stop = sequence.num_computed + size
+        while not self.ledger.extend(sequence.id, stop):
+            youngest = self._running[-1]
+            if youngest is sequence:
+                return False
+            self._preempt(youngest)
+            chosen.pop(youngest.id, None)
+        chosen[sequence.id] = Chunk(sequence, stop - size, stop, samples=stop == len(sequence.tokens))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Put the youngest running sequence back. Its tokens stay; their K/V are cached or computed again."""
+        self.ledger.release(self._running.pop().id)
+        sequence.num_computed = 0
+        sequence.preemptions += 1
+        self._preemptions += 1
+        self._waiting.appendleft(sequence)
+
+    def _admit(self, budget: int, chosen: dict[str, Chunk]) -> None:
+        """Start waiting sequences in order of arrival. One that does not fit keeps those behind it waiting."""
+        if not self._waiting or len(self._running) >= self._max_running:
+            return
+        reserve = dict.fromkeys(self.ledger.layout.kinds, 0)
+        for sequence in self._running:
+            self._add_reserve(sequence, reserve)
+        while self._waiting and len(self._running) < self._max_running and budget:
+            sequence = self._waiting[0]
+            cached = self.ledger.admit(sequence.id, sequence.chain, min(self._chunk, budget), reserve)
+            if cached is None:
+                return
+            self._running.append(self._waiting.popleft())
+            sequence.num_computed = cached
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = cached
+            size = min(sequence.num_to_compute, self._chunk, budget)
+            self._choose(sequence, size, chosen)
+            budget -= size
+            self._add_reserve(sequence, reserve)
+
+    def _add_reserve(self, sequence: Sequence, reserve: dict[Kind, int]) -> None:
+        """Keep pages from newcomers: what a running sequence needs for its prompt, and one more to go on.
+
+        Sliding pages behind the window come back, so there a prompt needs its next chunk at most.
+        """
+        length = len(sequence.tokens)
+        page_size = self.ledger.layout.page_size
+        soon = min(length, sequence.num_computed + self._chunk)
+        for kind in reserve:
+            goal = (length if kind is Kind.FULL else soon) + page_size
+            reserve[kind] += self.ledger.missing(sequence.id, goal)
+
+    def _first_waiting(self) -> int:
+        """Arrival from which on sequences wait; every running one came before."""
+        return self._waiting[0].arrival if self._waiting else self._arrivals
+
+    def _close(self, plan: Plan) -> None:
+        self._in_flight = None
+        self._steps += 1
+        for sequence in [s for s in self._running if s.finish_reason is not None]:
+            self._retire(sequence)
+        self._running = [s for s in self._running if s.finish_reason is None]
+
+    def _retire(self, sequence: Sequence) -> None:
+        self.ledger.release(sequence.id)
+        del self._live[sequence.id]
