@@ -42,7 +42,7 @@ def attend(
     """
     num_heads, num_kv_heads, page_size = q.shape[1], k_cache.shape[1], k_cache.shape[2]
     assert q.dtype == k_cache.dtype == v_cache.dtype, f"q is {q.dtype}, the cache {k_cache.dtype}"
-    assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not divide over {num_kv_heads} KV heads"
+    assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not divide over {num_kv_heads}"
     table = pages.shape[1] * page_size
     assert batch.max_kv_len <= table, f"{batch.max_kv_len} keys, but the page table ends at {table}"
     if not q.is_cuda:
@@ -66,8 +66,8 @@ def attend_reference(
 ) -> torch.Tensor:
     """HF's `eager_attention_forward`, a sequence at a time; any device.
 
-    Scores and probabilities are rounded to q's dtype, the softmax is fp32. Only keys that a query of the block sees
-    are gathered, so nothing else can reach the result.
+    Scores and probabilities are rounded to q's dtype, the softmax is fp32. Only keys that a query of the
+    block sees are gathered, so nothing else can reach the result.
     """
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.kv_len.tolist()

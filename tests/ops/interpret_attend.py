@@ -1,0 +1,73 @@
+"""Runs the attention kernels in Triton's interpreter. A script of its own: TRITON_INTERPRET is read at import.
+
+fp32 and fp16 only: the interpreter's cast to bf16 truncates.
+"""
+
+import torch
+import triton
+from attend_cases import alone, error, exact, make_case
+
+from gemcutter.ops.attend_decode import MAX_SLOTS, SPLIT, launch_decode
+from gemcutter.ops.attend_prefill import launch_prefill
+
+
+def attend_by_kernels(q, k_cache, v_cache, batch, pages, window) -> torch.Tensor:
+    """What `attend` does on a GPU."""
+    out = torch.full_like(q, float("nan"))
+    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, out)
+    launch_prefill(
+        q, k_cache, v_cache, batch.query_start, batch.kv_len, pages,
+        batch.num_decodes, batch.max_query_len, window, out,
+    )  # fmt: skip
+    return out
+
+
+def check(lengths, heads, kv_heads, head_dim, page_size, window, dtype, bound) -> None:
+    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype)
+    got = attend_by_kernels(*case.args)
+    wrong = error(got, exact(case))
+    print(f"{heads}/{kv_heads} D{head_dim} window {window} page {page_size} {dtype}: error {wrong:.1e}")
+    assert wrong < bound, f"error {wrong}"
+    for i in range(len(lengths)):
+        args, rows = alone(case, i)
+        assert torch.equal(attend_by_kernels(*args), got[rows]), f"sequence {i} differs in a crowd"
+
+
+def check_chunks(dtype) -> None:
+    """A prompt prefilled at once and in pieces has the same bits."""
+    for window in (None, 50):
+        case = make_case([(150, 200)], 4, 2, 32, 16, window, dtype)
+        whole = attend_by_kernels(*case.args)
+        for begin, end in ((0, 3), (3, 67), (67, 149), (149, 150)):
+            case.batch.query_start = torch.tensor([0, end - begin], dtype=torch.int32)
+            case.batch.kv_len = torch.tensor([50 + end], dtype=torch.int32)
+            case.batch.max_query_len = end - begin
+            chunk = (case.q[begin:end].clone(), case.k_cache, case.v_cache, case.batch, case.pages, window)
+            assert torch.equal(attend_by_kernels(*chunk), whole[begin:end]), (window, begin)
+
+
+def check_many_splits() -> None:
+    """More splits than partials: a partial folds several."""
+    lengths = [(1, SPLIT * MAX_SLOTS + 3 * SPLIT + 17), (1, SPLIT * MAX_SLOTS), (1, 1)]
+    check(lengths, 2, 1, 32, 64, None, torch.float32, 1e-5)
+
+
+def check_padded_row() -> None:
+    case = make_case([(1, 9), (1, 9)], 4, 2, 32, 16, None, torch.float32)
+    case.batch.kv_len[1] = 0
+    out = attend_by_kernels(*case.args)
+    assert out[0].isfinite().all() and torch.equal(out[1], torch.zeros_like(out[1]))
+
+
+if __name__ == "__main__":
+    assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    mixed = [(1, 1), (1, 5), (1, 128), (1, 300), (2, 2), (70, 70), (33, 200)]
+    check(mixed, 4, 2, 32, 16, 40, torch.float32, 1e-5)
+    check(mixed, 4, 1, 64, 64, None, torch.float16, 4e-3)
+    check(mixed[1:], 6, 2, 32, 8, 1, torch.float16, 4e-3)
+    check([(1, 260), (9, 150)], 16, 1, 512, 16, None, torch.float16, 4e-3)
+    check([(1, 260), (9, 150)], 2, 1, 256, 16, 128, torch.float32, 1e-5)
+    check_chunks(torch.float16)
+    check_many_splits()
+    check_padded_row()
