@@ -15,6 +15,7 @@ for certain, -inf never unless there is nothing else. Plain PyTorch on both devi
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemcutter.ops.sample_batch import SHORTLIST, Draw, SampleBatch
@@ -56,21 +57,21 @@ def sample(logits: Tensor, batch: SampleBatch) -> SampleResult:
     """
     assert logits.shape[1] <= 2**22, f"vocabulary of {logits.shape[1]}: sums of weights would overflow"
     assert len(logits) == batch.num_rows, f"{len(logits)} rows of logits for a batch of {batch.num_rows}"
-    scores = _edited(logits, batch)
+    scores = edited(logits, batch)
     # torch.argmax promises the first of equal maxima.
     tokens = scores.argmax(-1) if batch.any_greedy else logits.new_zeros(len(logits), dtype=torch.int64)
     if (draw := batch.shortlist) is not None:
         best, ids = largest(scores[draw.rows], SHORTLIST)
         tokens[draw.rows] = ids.gather(1, _draw(best, draw)).squeeze(1)
     for draw in batch.sort:
-        ordered, ids = scores[draw.rows].sort(-1, descending=True, stable=True)
+        ordered, ids = scores[draw.rows].sort(dim=-1, descending=True, stable=True)
         tokens[draw.rows] = ids.gather(1, _draw(ordered, draw)).squeeze(1)
     for draw in batch.whole:
         tokens[draw.rows] = _draw(scores[draw.rows], draw).squeeze(1)
     return SampleResult(tokens, batch, *_logprobs(logits, tokens, batch))
 
 
-def _edited(logits: Tensor, batch: SampleBatch) -> Tensor:
+def edited(logits: Tensor, batch: SampleBatch) -> Tensor:
     """The logits after penalties and bias, in float; the logits themselves where there are none."""
     if batch.repetition is None and batch.addition is None:
         return logits
@@ -94,15 +95,15 @@ def largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     num_rows, vocab = scores.shape
     chunk = 64
-    pad = -vocab % chunk + max(0, n * chunk - (vocab + -vocab % chunk))
-    if pad:
-        scores = torch.nn.functional.pad(scores, (0, pad), value=float("-inf"))
+    padded = max(n, -(-vocab // chunk)) * chunk
+    if padded > vocab:
+        scores = F.pad(scores, (0, padded - vocab), value=float("-inf"))
     chunks = scores.view(num_rows, -1, chunk)
-    ranked = chunks.amax(-1).sort(-1, descending=True, stable=True).indices[:, :n]
+    ranked = chunks.amax(-1).sort(dim=-1, descending=True, stable=True).indices[:, :n]
     ranked = ranked.sort(-1).values  # ascending ids again, for the stable sort to rank ties by
     offsets = torch.arange(chunk, device=scores.device)
     ids = (ranked[:, :, None] * chunk + offsets).view(num_rows, -1)
-    values, order = scores.gather(1, ids).sort(-1, descending=True, stable=True)
+    values, order = scores.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, order[:, :n])
     return values[:, :n], torch.where(ids < vocab, ids, 0)
 

@@ -1,0 +1,157 @@
+"""Norm, gate, embedding, soft cap and router: references against HF's own modules, kernels against references."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+from gemcutter.ops.embed import embed
+from gemcutter.ops.geglu import geglu, geglu_reference
+from gemcutter.ops.logits import logits, softcap_reference
+from gemcutter.ops.rms_norm import rms_norm, rms_norm_reference
+from gemcutter.ops.route import route
+
+DTYPES = [torch.float32, torch.bfloat16]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def randn(*shape, dtype=torch.float32, seed=0, scale=1.0, device="cpu"):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(device, dtype)
+
+
+def differing(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Fraction of elements that differ, none by more than one ulp of the dtype."""
+    assert got.dtype == want.dtype and got.shape == want.shape and not got.isnan().any()
+    wide, eps = want.double(), torch.finfo(want.dtype).eps
+    far = (got.double() - wide).abs() > wide.abs() * eps + torch.finfo(want.dtype).tiny
+    assert not far.any(), f"{int(far.sum())} of {far.numel()} differ by more than an ulp"
+    return (got != want).float().mean().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (5, 2816), (3, 4, 256), (7, 33)], ids=str)
+def test_rms_norm_is_hf(shape, dtype):
+    norm = hf.Gemma4RMSNorm(shape[-1], eps=1e-6).to(dtype)
+    norm.weight.data = randn(shape[-1], dtype=dtype, seed=1) + 1
+    bare = hf.Gemma4RMSNorm(shape[-1], eps=1e-6, with_scale=False)
+    for scale in (1e-4, 1.0, 300.0):
+        x = randn(*shape, dtype=dtype, scale=scale)
+        assert torch.equal(rms_norm(x, norm.weight.data, 1e-6), norm(x))
+        assert torch.equal(rms_norm(x, None, 1e-6), bare(x))
+    wide = randn(6, shape[-1] * 3, dtype=dtype)
+    assert torch.equal(rms_norm(wide[:, : shape[-1]], None, 1e-6), bare(wide[:, : shape[-1]].contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 32), (1, 704), (9, 2112), (4, 96)], ids=str)
+def test_geglu_is_hf(shape, dtype):
+    rows, width = shape
+    gate, up = randn(rows, width, dtype=dtype, scale=3), randn(rows, width, dtype=dtype, seed=1)
+    act = hf.ACT2FN["gelu_pytorch_tanh"]
+    assert torch.equal(geglu(torch.cat([gate, up], -1)), act(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1536, 2816, 5376])
+def test_embed_is_hf(width, dtype):
+    table = hf.Gemma4TextScaledWordEmbedding(50, width, 0, embed_scale=width**0.5).to(dtype)
+    ids = torch.tensor([0, 49, 3, 3, 17])
+    assert torch.equal(embed(ids, table.weight.data, width**0.5), table(ids))
+    assert embed(ids[:0], table.weight.data, width**0.5).shape == (0, width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_round_where_hf_does(dtype):
+    hidden, head = randn(5, 64, dtype=dtype), randn(301, 64, dtype=dtype, seed=1)
+    x = F.linear(hidden, head)
+    assert torch.equal(logits(hidden, head, None), x)
+    want = x / 30.0
+    want = torch.tanh(want)
+    want = want * 30.0
+    assert torch.equal(logits(hidden, head, 30.0), want)
+    assert logits(hidden[:0], head, 30.0).shape == (0, 301)
+
+
+def router(dtype, experts=128, top_k=8, hidden=256):
+    config = Gemma4TextConfig(
+        hidden_size=hidden, num_experts=experts, top_k_experts=top_k, enable_moe_block=True, moe_intermediate_size=8
+    )
+    module = hf.Gemma4TextRouter(config).to(dtype)
+    module.proj.weight.data = randn(experts, hidden, dtype=dtype, seed=2, scale=0.5)
+    module.scale.data = randn(hidden, dtype=dtype, seed=3) + 1
+    module.per_expert_scale.data = randn(experts, dtype=dtype, seed=4) + 1
+    w = SimpleNamespace(
+        router=module.proj.weight.data, router_scale=module.scale.data, per_expert_scale=module.per_expert_scale.data
+    )
+    return module, w, config.rms_norm_eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_route_is_hf(rows, dtype):
+    module, w, eps = router(dtype)
+    x = randn(rows, 256, dtype=dtype, scale=4)
+    _, weights, ids = module(x)
+    got_ids, got_weights = route(x, w, 8, eps)
+    assert torch.equal(got_ids, ids) and torch.equal(got_weights, weights)
+    assert got_weights.dtype == torch.float32 and got_ids.dtype == torch.int64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("width", [256, 1536, 2816, 5376, 33])
+def test_gpu_rms_norm(width, dtype):
+    weight = randn(width, dtype=dtype, seed=1, device="cuda") + 1
+    for rows in (0, 1, 700):
+        wide = randn(rows, 2, width + 8, dtype=dtype, scale=5, device="cuda")
+        for x in (wide[:, :, :width], wide[:, 1, :width]):
+            for w in (weight, None):
+                got = rms_norm(x, w, 1e-6)
+                want = rms_norm_reference(x, w, 1e-6)
+                if dtype == torch.float32:
+                    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+                else:
+                    assert rows == 0 or differing(got, want) < 1e-3
+    assert torch.equal(rms_norm(x[5:6], w, 1e-6), got[5:6])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_gpu_geglu(dtype):
+    for rows, width in ((0, 704), (1, 704), (300, 2112), (7, 21504)):
+        x = randn(rows, 2 * width, dtype=dtype, scale=3, device="cuda")
+        got, want = geglu(x), geglu_reference(x)
+        if dtype == torch.float32:
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)
+        else:
+            assert rows == 0 or differing(got, want) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_gpu_softcap(dtype):
+    hidden = randn(6, 64, dtype=dtype, scale=3, device="cuda")
+    head = randn(5003, 64, dtype=dtype, seed=1, device="cuda")
+    got, want = logits(hidden, head, 30.0), softcap_reference(F.linear(hidden, head), 30.0)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_gpu_route_chooses_the_lowest_of_tied_experts():
+    _, w, eps = router(torch.bfloat16)
+    w = SimpleNamespace(**{name: value.cuda() for name, value in vars(w).items()})
+    w.router[1::2] = w.router[0::2]  # every logit twice: an odd number of places cuts pairs apart
+    w.router[96:] = w.router[95]
+    x = randn(64, 256, dtype=torch.bfloat16, scale=4, device="cuda")
+    ids, weights = route(x, w, 7, eps)
+    scores = F.linear(rms_norm(x, None, eps) * w.router_scale * 256**-0.5, w.router)
+    want = torch.softmax(scores, -1, dtype=torch.float32).sort(dim=-1, descending=True, stable=True).indices[:, :7]
+    assert torch.equal(ids.sort(-1).values, want.sort(-1).values)
+    alone = [route(x[i : i + 1], w, 7, eps) for i in range(0, 64, 9)]
+    assert all(a[0].shape == (1, 7) for a in alone)

@@ -1,0 +1,125 @@
+"""Experts: the reference against HF's eager loop, the kernels against float64, a row alone against a crowd."""
+
+import pytest
+import torch
+from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+from gemcutter.ops.experts import experts, experts_reference, tiles_for
+
+
+def case(tokens, num_experts, top_k, hidden, width, dtype, device="cpu", seed=0, hot=None):
+    """Inputs; with `hot`, every token goes to the first `hot` experts only."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape, scale):
+        return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
+
+    x = randn(tokens, hidden, scale=1.0)
+    scores = torch.rand(tokens, num_experts, generator=g, device=device)
+    if hot:
+        scores[:, hot:] -= 2
+    ids = scores.topk(top_k, -1).indices
+    weights = torch.rand(tokens, top_k, generator=g, device=device) * 1.5 + 0.01
+    gate_up = randn(num_experts, 2 * width, hidden, scale=hidden**-0.5)
+    down = randn(num_experts, hidden, width, scale=width**-0.5)
+    return x, ids, weights, gate_up, down
+
+
+def exact(x, ids, weights, gate_up, down):
+    """float64 without rounding, on the CPU's or GPU's float64 units."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        gate, up = (x[token].double() @ gate_up[expert].double().T).chunk(2, -1)
+        y = (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ down[expert].double().T
+        out.index_add_(0, token, y * weights[token, slot, None].double())
+    return out
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "tokens,num_experts,top_k", [(0, 8, 2), (1, 8, 4), (23, 16, 4), (40, 4, 4), (9, 128, 8)], ids=str
+)
+def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype):
+    x, ids, weights, gate_up, down = case(tokens, num_experts, top_k, 64, 44, dtype)
+    config = Gemma4TextConfig(
+        hidden_size=64, num_experts=num_experts, top_k_experts=top_k, moe_intermediate_size=44, enable_moe_block=True
+    )
+    config._experts_implementation = "eager"
+    module = hf.Gemma4TextExperts(config).to(dtype)
+    module.gate_up_proj.data, module.down_proj.data = gate_up, down
+    with torch.no_grad():
+        want = module(x, ids, weights)
+    assert torch.equal(experts(x, ids, weights, gate_up, down), want)
+    assert torch.equal(experts(x, ids.int(), weights, gate_up, down), want)
+    if tokens:
+        assert error(want, exact(x, ids, weights, gate_up, down)) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_block_k_is_one_per_dtype():
+    """Tiles may change with the number of rows, the order of the sum may not."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tiles = [tiles_for(dtype, slots, 128) for slots in (1, 8, 1024, 1025, 8192, 8193, 10**6)]
+        assert len({(up.block_k, down.block_k) for up, down in tiles}) == 1
+        assert all(up.block_m == down.block_m for up, down in tiles), "one sort, one count of row tiles"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "tokens,num_experts,top_k,hidden,width",
+    [
+        (0, 8, 2, 64, 32),
+        (1, 128, 8, 2816, 704),
+        (37, 128, 8, 2816, 704),
+        (300, 8, 4, 200, 72),
+        (900, 16, 3, 136, 40),
+    ],
+    ids=str,
+)
+def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, width, dtype):
+    args = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda")
+    got = experts(*args)
+    assert got.dtype == dtype and got.shape == (tokens, hidden)
+    if tokens:
+        want = exact(*args)
+        assert error(got, want) <= 1.5 * error(experts_reference(*args), want) + 1e-7
+        assert torch.equal(experts(args[0], args[1].int(), *args[2:]), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hot", [None, 8], ids=["spread", "hot"])
+def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
+    """All tile buckets at 26B shapes; BLOCK_M = 16 runs mma.sync, the larger ones wgmma."""
+    x, ids, weights, gate_up, down = case(5000, 128, 8, 2816, 704, torch.bfloat16, "cuda", hot=hot)
+    crowd = experts(x, ids, weights, gate_up, down)
+    buckets = {tiles_for(x.dtype, n * 8, 128) for n in (1, 100, 700, 5000)}
+    assert len(buckets) == 3
+    for count in (1, 3, 100, 700):
+        rows = torch.randperm(5000, device="cuda")[:count]
+        got = experts(x[rows], ids[rows], weights[rows], gate_up, down)
+        same = (got == crowd[rows]).all(-1)
+        off = (got.double() - crowd[rows].double()).abs().max()
+        assert same.all(), f"{count} rows: {int((~same).sum())} differ, by up to {off}"
+
+
+@pytest.mark.gpu
+def test_gpu_experts_in_a_cuda_graph():
+    """Captured once, replayed with other routes: no host decision may depend on the data."""
+    args = case(16, 128, 8, 2816, 704, torch.bfloat16, "cuda")
+    experts(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = experts(*args)
+    for seed, hot in ((1, None), (2, 8)):
+        other = case(16, 128, 8, 2816, 704, torch.bfloat16, "cuda", seed=seed, hot=hot)
+        for static, new in zip(args[:3], other[:3], strict=True):
+            static.copy_(new)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, experts(*args))

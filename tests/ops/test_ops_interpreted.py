@@ -1,0 +1,92 @@
+"""The kernels' arithmetic on a CPU: Triton's interpreter against the references.
+
+In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined. float32 and float16 only:
+the interpreter truncates to bf16 instead of rounding.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = ["rms_norm", "geglu", "softcap", "experts"]
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(report, name):
+    assert f"{name} passed" in report, report[-4000:]
+
+
+def close(got, want, ulps: float = 4) -> None:
+    """Within some ulps of the dtype, relative to the element or, for sums that cancel, to the largest."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    eps = torch.finfo(want.dtype).eps * ulps
+    scale = want.abs().max().item() if want.numel() else 0.0
+    torch.testing.assert_close(got, want, rtol=eps, atol=eps * scale)
+
+
+def check_rms_norm(dtype) -> None:
+    weight = torch.randn(70).to(dtype)
+    wide = torch.randn(3, 4, 100).to(dtype) * 30
+    for x in (wide[:, :, :70], wide[:, 1, :70], wide[0, 0, :70], wide[:0, :, :70]):
+        for w in (weight, None):
+            close(rms_norm.rms_norm_launch(x, w, 1e-6), rms_norm.rms_norm_reference(x, w, 1e-6))
+
+
+def check_geglu(dtype) -> None:
+    wide = torch.randn(3, 2 * 1100 + 5).to(dtype) * 2
+    for x in (wide[:, : 2 * 1100], wide[:, :62], wide[:0, :8]):
+        close(geglu.geglu_launch(x), geglu.geglu_reference(x))
+
+
+def check_softcap(dtype) -> None:
+    x = torch.randn(3, 2049).to(dtype) * 30
+    close(logits.softcap_launch_(x.clone(), 30.0), logits.softcap_reference(x, 30.0))
+
+
+def check_experts(dtype) -> None:
+    # Ragged in every dim; 33 and 260 tokens over few experts reach the larger tiles.
+    shapes = [(0, 4, 2, 48, 24, False), (1, 5, 3, 70, 33, False), (33, 2, 2, 80, 40, False), (19, 9, 4, 48, 72, True)]
+    if dtype == torch.float16:
+        shapes.append((260, 3, 2, 72, 40, False))
+    for tokens, num_experts, top_k, hidden, width, hot in shapes:
+        x = torch.randn(tokens, hidden + 3).to(dtype)[:, :hidden]
+        scores = torch.rand(tokens, num_experts)
+        if hot:
+            scores[:, 4:] -= 2  # experts without a row
+        ids = scores.topk(top_k, -1).indices
+        gate_up = (torch.randn(num_experts, 2 * width, hidden) * hidden**-0.5).to(dtype)
+        down = (torch.randn(num_experts, hidden, width) * width**-0.5).to(dtype)
+        args = x, ids, torch.rand(tokens, top_k), gate_up, down
+        got = experts.experts_launch(*args)
+        close(got, experts.experts_reference(*args), ulps=8)
+        if tokens:
+            assert torch.equal(experts.experts_launch(x[:1], ids[:1], args[2][:1], gate_up, down), got[:1])
+
+
+if __name__ == "__main__":
+    import torch
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    # The interpreter has no libdevice.
+    libdevice.tanh = lambda x: 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    from gemcutter.ops import experts, geglu, logits, rms_norm
+
+    empty = torch.empty
+    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(7)  # unwritten outputs must not pass for zeros
+    torch.manual_seed(0)
+    for name in CASES:
+        for dtype in (torch.float32, torch.float16):
+            globals()[f"check_{name}"](dtype)
+        print(f"{name} passed")
