@@ -7,6 +7,8 @@ import msgspec
 MAX_N = 128  # completions of one prompt
 MAX_LOGPROBS = 20  # alternatives per token; OpenAI's limit
 MAX_STOP = 16  # stop strings of one request
+MAX_STOP_LENGTH = 1024  # characters of one stop string: every new piece of text is compared with it
+MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024  # biased tokens of one request
 
 
@@ -56,6 +58,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_range("number of stop strings", len(self.stop), 0, MAX_STOP)
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError("stop must hold non-empty strings")
+        _check_range("length of a stop string", max(map(len, self.stop), default=0), 0, MAX_STOP_LENGTH)
+        _check_range("number of stop_token_ids", len(self.stop_token_ids), 0, MAX_STOP_TOKEN_IDS)
         bias = self.logit_bias or {}
         _check_range("number of logit_bias entries", len(bias), 0, MAX_LOGIT_BIAS)
         for token, value in bias.items():

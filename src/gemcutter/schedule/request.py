@@ -13,7 +13,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     stop_ids: frozenset[int]  # that end the text: the checkpoint's eos list unless ignored, and the user's
     seed: int
-    suppress_ids: list[int] = []  # never sampled: the checkpoint's suppress_tokens
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ class Intake:
         Args:
             vocab: ids the model knows; a tokenizer may know fewer.
             context_length: tokens of prompt and answer together.
-            generation_config: of the checkpoint: eos_token_id, suppress_tokens, and the sampling defaults.
+            generation_config: of the checkpoint: eos_token_id and the sampling defaults.
             random_seed: of the generator that gives a seed to requests that bring none.
         """
         self._tokenizer = tokenizer
@@ -32,7 +32,6 @@ class Intake:
         self._context_length = context_length
         self._defaults = generation_config
         self._eos = frozenset(_ids(generation_config.get("eos_token_id")))
-        self._suppress = sorted(id for id in set(_ids(generation_config.get("suppress_tokens"))) if 0 <= id < vocab)
         self._seeds = random.Random(random_seed)
 
     def requests(
@@ -55,7 +54,6 @@ class Intake:
                 params=one,
                 stop_ids=stop_ids,
                 seed=self._seed(params.seed, choice),
-                suppress_ids=self._suppress,
             )
             for choice in range(params.n)
         ]

@@ -102,7 +102,7 @@ class TextStream:
 
 
 class Detokenizer:
-    """Decodes a window that begins one emitted group earlier, for a piece's text may depend on the piece before it."""
+    """Decodes a window that begins one emitted group earlier: a piece's text may depend on the piece before it."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -113,7 +113,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Text that this token completes."""
-        # A skipped or unknown id has no text and does not end a run of byte pieces, so it must not enter the window.
+        # A skipped or unknown id has no text and does not end a run of byte pieces: keep it out of the window.
         if token in self._skip or not self._tokenizer.knows(token):
             return ""
         self._window.append(token)

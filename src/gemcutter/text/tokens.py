@@ -55,7 +55,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text holds a lone surrogate at character {error.start}; send valid Unicode") from error
+            raise ValueError(
+                f"text holds a lone surrogate at character {error.start}; send valid Unicode"
+            ) from error
         return self._core.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
