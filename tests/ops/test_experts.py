@@ -48,7 +48,11 @@ def error(got, want):
 def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype):
     x, ids, weights, gate_up, down = case(tokens, num_experts, top_k, 64, 44, dtype)
     config = Gemma4TextConfig(
-        hidden_size=64, num_experts=num_experts, top_k_experts=top_k, moe_intermediate_size=44, enable_moe_block=True
+        hidden_size=64,
+        num_experts=num_experts,
+        top_k_experts=top_k,
+        moe_intermediate_size=44,
+        enable_moe_block=True,
     )
     config._experts_implementation = "eager"
     module = hf.Gemma4TextExperts(config).to(dtype)
@@ -88,7 +92,10 @@ def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, widt
     assert got.dtype == dtype and got.shape == (tokens, hidden)
     if tokens:
         want = exact(*args)
-        assert error(got, want) <= 1.5 * error(experts_reference(*args), want) + 1e-7
+        # The slack is for float32: one accumulator over 2816 products, where cuBLAS may split them.
+        got_error, hf_error = error(got, want), error(experts_reference(*args), want)
+        print(f"relative error {got_error:.2e}, HF eager's {hf_error:.2e}")
+        assert got_error <= 1.5 * hf_error + 2e-6
         assert torch.equal(experts(args[0], args[1].int(), *args[2:]), got)
 
 
