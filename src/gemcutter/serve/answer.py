@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gemcutter.schedule.request import Request, Update
 from gemcutter.serve.bridge import Bridge
@@ -19,7 +19,7 @@ class Choice:
     request: Request
     text: TextStream
     watch: Stopwatch
-    token_ids: list[int] = field(default_factory=list)  # generated so far, a stop token included
+    tokens: int = 0  # generated so far, a stop token included
     cached_tokens: int = 0
     finish_reason: str | None = None
 
@@ -30,7 +30,6 @@ class Part:
 
     choice: Choice
     delta: Delta
-    token_ids: list[int]
 
 
 class Answer:
@@ -86,7 +85,7 @@ class Answer:
         """OpenAI's usage object, as of now. A prompt counts once, however many choices it has."""
         firsts = self.choices[:: self._n]
         prompt = sum(len(choice.request.prompt_ids) for choice in firsts)
-        generated = sum(len(choice.token_ids) for choice in self.choices)
+        generated = sum(choice.tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -104,14 +103,12 @@ class Answer:
 
     def _take(self, choice: Choice, update: Update, now: float) -> Part:
         delta = choice.text.push(update)
-        choice.token_ids += update.token_ids
+        choice.tokens += len(delta.token_ids)
         choice.cached_tokens = max(choice.cached_tokens, update.cached_tokens)
-        choice.watch.tokens(len(update.token_ids), now)
+        choice.watch.tokens(len(delta.token_ids), now)
         if delta.finish_reason is not None:
             choice.finish_reason = delta.finish_reason
-            choice.watch.finish(
-                delta.finish_reason, len(choice.request.prompt_ids), choice.cached_tokens, now
-            )
+            choice.watch.finish(delta.finish_reason, len(choice.request.prompt_ids), choice.cached_tokens, now)
             if update.finish_reason is None:  # a stop string: the engine knows nothing of it and would go on
                 self._bridge.land([update.id])
-        return Part(choice, delta, update.token_ids)
+        return Part(choice, delta)

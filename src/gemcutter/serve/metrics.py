@@ -51,9 +51,7 @@ class Metrics:
         self.per_token = histogram(
             "time_per_output_token_seconds", "Mean time of a sequence's tokens after its first", _PER_TOKEN
         )
-        self.gap = histogram(
-            "inter_token_latency_seconds", "Time between two updates of a sequence", _PER_TOKEN
-        )
+        self.gap = histogram("inter_token_latency_seconds", "Time between two updates of a sequence", _PER_TOKEN)
         self.whole = histogram("e2e_request_latency_seconds", "Arrival to last token", _WHOLE)
         self._registry.register(self)
 
@@ -67,12 +65,8 @@ class Metrics:
             return
         stats = self.stats
         yield GaugeMetricFamily("gemcutter_requests_waiting", "Sequences queued in the engine", stats.waiting)
-        yield GaugeMetricFamily(
-            "gemcutter_requests_running", "Sequences running in the engine", stats.running
-        )
-        yield CounterMetricFamily(
-            "gemcutter_preemptions", "Sequences sent back to the queue", stats.preemptions
-        )
+        yield GaugeMetricFamily("gemcutter_requests_running", "Sequences running in the engine", stats.running)
+        yield CounterMetricFamily("gemcutter_preemptions", "Sequences sent back to the queue", stats.preemptions)
         yield CounterMetricFamily("gemcutter_engine_steps", "Steps of the engine", stats.steps)
         pages = GaugeMetricFamily(
             "gemcutter_kv_pages",

@@ -10,9 +10,9 @@ from starlette.requests import ClientDisconnect
 from gemcutter.serve import metrics
 from gemcutter.serve.errors import ApiError, bad_request
 from gemcutter.serve.gate import KeyGate, read_json
-from gemcutter.serve.messages import check_messages
 from gemcutter.serve.reply import Reply
 from gemcutter.serve.schema import (
+    COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -20,7 +20,7 @@ from gemcutter.serve.schema import (
     parse,
     prompts_of,
 )
-from gemcutter.serve.service import COMPLETION_TOKENS, Service, new_id
+from gemcutter.serve.service import Service, new_id
 from gemcutter.serve.shapes import ChatShape, CompletionShape
 
 
@@ -39,18 +39,17 @@ def build_app(service: Service) -> FastAPI:
     async def completions(request: Request) -> Response:
         arrival = time.monotonic()
         ask = await read(request, CompletionRequest)
-        params = ask.params(ask.max_tokens, ask.logprobs)
+        clip = ask.max_tokens is None  # only a default may be cut
+        params = ask.params(COMPLETION_TOKENS if clip else ask.max_tokens, ask.logprobs)
         prompts, id = prompts_of(ask), new_id("cmpl")
         service.bridge.check_room(len(prompts) * params.n)
         requests = []
         for place, prompt in enumerate(prompts):
-            requests += await service.requests(prompt, params, f"{id}-{place}", COMPLETION_TOKENS)
+            requests += await service.requests(prompt, params, f"{id}-{place}", clip)
         shape = CompletionShape(
             id, service.name, service.tokenizer, bool(ask.return_token_ids), params.logprobs is not None
         )
-        return Reply(
-            service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask)
-        )
+        return Reply(service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -61,17 +60,14 @@ def build_app(service: Service) -> FastAPI:
         max_tokens = ask.max_tokens if ask.max_completion_tokens is None else ask.max_completion_tokens
         params = ask.params(max_tokens, (ask.top_logprobs or 0) if ask.logprobs else None)
         service.bridge.check_room(params.n)
-        messages = check_messages(ask.messages)
         tools = None if ask.tool_choice == "none" else ask.tools
         prompt = await service.render(
-            messages, tools, ask.add_generation_prompt, ask.chat_template_kwargs or {}
+            ask.messages, tools, ask.add_generation_prompt, ask.chat_template_kwargs or {}
         )
         id = new_id("chatcmpl")
-        requests = await service.requests(prompt, params, id, None)
+        requests = await service.requests(prompt, params, id)
         shape = ChatShape(id, service.name, service.tokenizer, bool(ask.return_token_ids), bool(ask.logprobs))
-        return Reply(
-            service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask)
-        )
+        return Reply(service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -80,9 +76,7 @@ def build_app(service: Service) -> FastAPI:
             raise bad_request("give either prompt or messages", "prompt")
         if ask.messages is not None:
             kwargs = ask.chat_template_kwargs or {}
-            ids = await service.render(
-                check_messages(ask.messages), ask.tools, ask.add_generation_prompt, kwargs
-            )
+            ids = await service.render(ask.messages, ask.tools, ask.add_generation_prompt, kwargs)
         else:
             ids = await service.encode(ask.prompt, ask.add_special_tokens)
         tokenizer = service.need_tokenizer()

@@ -8,7 +8,7 @@ from gemcutter.params import SamplingParams
 from gemcutter.serve.errors import bad_request
 
 MAX_PROMPTS = 128  # prompts of one completions request
-MAX_TOP_LOGPROBS = 20
+COMPLETION_TOKENS = 16  # max_tokens of a completion that names none: OpenAI's default
 
 # Fields that would change the answer in ways that nothing here enforces, and the values that ask for nothing.
 _NOTHING = (None, False, "", 0)

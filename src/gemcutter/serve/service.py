@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
 from gemcutter.checkpoint.config import read_generation_config
 from gemcutter.config import EngineConfig
 from gemcutter.params import SamplingParams
@@ -22,7 +20,6 @@ from gemcutter.text.chat import render
 from gemcutter.text.intake import Intake
 from gemcutter.text.tokens import Tokenizer
 
-COMPLETION_TOKENS = 16  # max_tokens of a completion that names none: OpenAI's default
 T = TypeVar("T")
 
 
@@ -45,7 +42,8 @@ class Service:
         self.names = (self.name, config.model_path)
         self.created = int(time.time())
         self.closing = False
-        self._intake = Intake(tokenizer, ready.vocab, ready.context_length, read_generation_config(folder))
+        defaults = read_generation_config(folder)
+        self._intake = Intake(tokenizer, ready.vocab, ready.context_length, defaults, config.random_seed)
 
     @property
     def state(self) -> str:
@@ -89,18 +87,10 @@ class Service:
         )
 
     async def requests(
-        self, prompt: str | list[int], params: SamplingParams, id: str, default_tokens: int | None
+        self, prompt: str | list[int], params: SamplingParams, id: str, clip: bool = False
     ) -> list[Request]:
-        """One request per choice. `default_tokens`: max_tokens where params has none, clipped to what the
-        context leaves; an explicit max_tokens that does not fit is refused.
-
-        Raises ApiError (400).
-        """
-        ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
-        if params.max_tokens is None and default_tokens is not None:
-            room = max(1, self.context_length - len(ids))
-            params = msgspec.structs.replace(params, max_tokens=min(default_tokens, room))
-        return await _aside(lambda: self._intake.requests(ids, params, id), None)
+        """One request per choice; `clip` as in Intake. Raises ApiError (400)."""
+        return await _aside(lambda: self._intake.requests(prompt, params, id, clip), None)
 
     def answer(self, requests: list[Request], n: int, arrival: float) -> Answer:
         """`requests`: n in a row for each prompt. Raises ApiError (503) where nothing is taken any more."""

@@ -16,9 +16,7 @@ class Shape:
     kind: str
     chunk_kind: str
 
-    def __init__(
-        self, id: str, model: str, tokenizer: Tokenizer | None, token_ids: bool, logprobs: bool
-    ) -> None:
+    def __init__(self, id: str, model: str, tokenizer: Tokenizer | None, token_ids: bool, logprobs: bool) -> None:
         """`token_ids`: show them beside the text; without a tokenizer they are the answer, always shown."""
         self._tokenizer = tokenizer
         self._token_ids = token_ids or tokenizer is None
@@ -57,7 +55,7 @@ class Shape:
     def _ids(self, parts: Iterable[Part]) -> dict:
         if not self._token_ids:
             return {}
-        return {"token_ids": [id for part in parts for id in part.token_ids]}
+        return {"token_ids": [id for part in parts for id in part.delta.token_ids]}
 
     def _token(self, id: int) -> tuple[str, list[int] | None]:
         """A token's text and its bytes; without a tokenizer its number stands in for the text."""

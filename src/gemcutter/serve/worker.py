@@ -41,9 +41,7 @@ def main(config: EngineConfig, inbox: str, outbox: str, start: Callable) -> None
         context.setsockopt(zmq.LINGER, LINGER_MS)
         pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
         for socket, address in ((pull, inbox), (push, outbox)):
-            socket.set_hwm(
-                0
-            )  # no message is dropped or waited for; what travels is bounded by the queue limit
+            socket.set_hwm(0)  # no message is dropped or waited for; what travels is bounded by the queue limit
             socket.connect(address)
         code = _run(config, pull, push, start)
         pull.close()
@@ -62,9 +60,7 @@ def _run(config: EngineConfig, pull: zmq.Socket, push: zmq.Socket, start: Callab
         push.send(wire.encode(wire.Failed(message=one_line(error))))
         return 1
     push.send(
-        wire.encode(
-            wire.Ready(context_length=engine.context_length, vocab=engine.spec.vocab, stats=engine.stats())
-        )
+        wire.encode(wire.Ready(context_length=engine.context_length, vocab=engine.spec.vocab, stats=engine.stats()))
     )
     try:
         _loop(engine, pull, push)
