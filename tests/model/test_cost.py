@@ -1,0 +1,112 @@
+import dataclasses
+import json
+
+import pytest
+import released
+import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+from gemcutter.checkpoint.config import read_spec
+from gemcutter.model import cost
+from gemcutter.spec import Kind
+
+KIB = 1024
+H200 = 4.39e12  # bytes/s read, measured
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+    specs = {}
+    for name in released.NAMES:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(released.config(name)))
+        specs[name] = read_spec(folder)
+    return specs
+
+
+@pytest.mark.parametrize("name", released.NAMES)
+def test_parameters_are_those_of_hf_s_modules(specs, name):
+    fields = released.text_config(name)
+    del fields["model_type"]
+    with torch.device("meta"):
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**fields))
+    scalars = sum(buffer.numel() for key, buffer in model.named_buffers() if key.endswith("layer_scalar"))
+    hf = sum(p.numel() for p in model.parameters()) + scalars
+    assert cost.parameters(specs[name]) == hf
+
+
+@pytest.mark.parametrize(
+    "name, total, active", [("26b", 25.23e9, 3.8e9), ("31b", 30.70e9, 30.70e9), ("e2b", 4.63e9, 2.28e9)]
+)
+def test_published_sizes(specs, name, total, active):
+    assert cost.parameters(specs[name]) == pytest.approx(total, rel=3e-3)
+    assert cost.active_parameters(specs[name]) == pytest.approx(active, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name, full, sliding", [("26b", 20, 200), ("31b", 80, 800), ("12b", 16, 320), ("e4b", 16, 40), ("e2b", 6, 12)]
+)
+def test_kv_bytes(specs, name, full, sliding):
+    spec = specs[name]
+    assert spec.kv_bytes_per_token(Kind.FULL, 2) == full * KIB
+    assert spec.kv_bytes_per_token(Kind.SLIDING, 2) == sliding * KIB
+    window = spec.window
+    assert cost.kv_bytes(spec, 10, 2) == 10 * (full + sliding) * KIB
+    assert cost.kv_bytes(spec, 10_000, 2) == (10_000 * full + window * sliding) * KIB
+
+
+def ms(value: float) -> float:
+    return 1e3 * value / H200
+
+
+def test_decode_floors_of_the_26b(specs):
+    """Numbers of the measured comparison's own floor script: 1.79, 15.4 and 1.94 ms on one H200."""
+    spec = specs["26b"]
+    assert ms(cost.decode_bytes(spec, 1, 1152, 2, 2)) == pytest.approx(1.79, abs=0.006)
+    assert ms(cost.decode_bytes(spec, 1, 32_800, 2, 2)) == pytest.approx(1.94, abs=0.006)
+    crowd = sum(ms(cost.decode_bytes(spec, 100, 512 + i, 2, 2)) for i in range(0, 512, 8)) / 64
+    assert crowd == pytest.approx(15.4, abs=0.06)
+
+
+def test_decode_floors_of_others(specs):
+    assert ms(cost.decode_bytes(specs["31b"], 1, 1152, 2, 2)) == pytest.approx(13.98, rel=0.03)
+    assert ms(cost.decode_bytes(specs["e4b"], 1, 1152, 2, 2)) == pytest.approx(2.12, rel=0.03)
+
+
+def test_prefill_floors_of_the_26b(specs):
+    """The same script: 74 and 379 ms at 0.80 PFLOP/s; 1024 tokens are bound by one pass over the weights, 11.5 ms."""
+    for tokens, expected in ((8192, 74), (32_768, 379)):
+        assert 1e3 * cost.prefill_flops(specs["26b"], tokens) / 0.80e15 == pytest.approx(expected, rel=0.01)
+    assert 1e3 * cost.prefill_flops(specs["26b"], 1024) / 0.80e15 < 11.5
+    assert ms(cost.decode_bytes(specs["26b"], 1024, 0, 2, 2)) == pytest.approx(11.5, abs=0.06)
+
+
+def test_prefill_pairs_by_counting(specs):
+    """Attention FLOPs against a loop over queries, up to the half diagonal that the formula leaves out."""
+    spec = specs["31b"]
+    one = dataclasses.replace(spec, layers=spec.layers[:1])
+    tokens = 3000
+    window = one.window
+    pairs = sum(min(i + 1, window) for i in range(tokens))
+    layer = one.layers[0]
+    rows = layer.qkv_width + layer.q_width + 3 * layer.mlp_width
+    expected = 2 * tokens * one.hidden * rows + 4 * layer.q_width * pairs
+    assert cost.prefill_flops(one, tokens) == pytest.approx(expected, rel=1e-3)
+
+
+def test_shared_layers_serve_the_last_token_only(specs):
+    spec = specs["e2b"]
+    own = dataclasses.replace(spec, layers=spec.layers[:15])
+    extra = cost.prefill_flops(spec, 4096) - cost.prefill_flops(own, 4096)
+    projection = 2 * 4096 * 20 * spec.ple_width * spec.hidden  # the per-layer inputs of the shared layers
+    assert extra - projection < 0.01 * cost.prefill_flops(own, 4096)
+
+
+def test_experts_touched(specs):
+    """One token touches top_k experts, very many touch all."""
+    spec = specs["26b"]
+    expert = 3 * spec.hidden * 704 * 2 * len(spec.layers)
+    one, two, many = (cost.decode_bytes(spec, batch, 0, 2, 2) for batch in (1, 2, 100_000))
+    rows = 2 * spec.hidden
+    assert two - one == pytest.approx(expert * 7.5 + rows)
+    assert many - one == pytest.approx(expert * 120 + 99_999 * rows)
