@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 import torch
-from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.config import read_generation_config, read_spec
 from gemcutter.checkpoint.load import load
 
 from gemcutter.cache.budget import size_cache
@@ -84,7 +84,9 @@ class Engine:
             graphs = DecodeGraphs(
                 model, pool, largest, size.context_length, config.page_size, sys.stderr.isatty()
             )
-        runner = Runner(model, pool, StepBuilder(layout.kinds, config.page_size, device), graphs)
+        builder = StepBuilder(layout.kinds, config.page_size, device)
+        suppress = read_generation_config(folder).get("suppress_tokens") or []
+        runner = Runner(model, pool, builder, graphs, suppress)
         return cls(config, spec, scheduler, runner)
 
     @property

@@ -27,12 +27,19 @@ class Runner:
     """Builds the batch, runs the model eagerly or by graph, samples. Keeps nothing between steps."""
 
     def __init__(
-        self, model: Gemma4, pool: KVPool, builder: StepBuilder, graphs: DecodeGraphs | None
+        self,
+        model: Gemma4,
+        pool: KVPool,
+        builder: StepBuilder,
+        graphs: DecodeGraphs | None,
+        suppress: list[int],
     ) -> None:
+        """`suppress` are tokens that the checkpoint's generation_config never lets out."""
         self._model = model
         self._pool = pool
         self._builder = builder
         self._graphs = graphs
+        self._suppress = suppress
 
     @torch.inference_mode()
     def run(self, plan: Plan, ledger: Ledger) -> Sampled:
@@ -44,7 +51,8 @@ class Runner:
         rows = [_sample_row(chunk.sequence) for chunk in plan.chunks if chunk.samples]
         if not rows:
             return Sampled([], [])
-        result = sample(logits[: len(rows)], SampleBatch.build(rows, logits.shape[1], logits.device))
+        sampling = SampleBatch.build(rows, logits.shape[1], logits.device, self._suppress)
+        result = sample(logits[: len(rows)], sampling)
         return Sampled(result.token_ids.tolist(), result.logprobs())
 
 
