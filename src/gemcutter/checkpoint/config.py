@@ -30,10 +30,11 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     top = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
     model_type = top.get("model_type")
+    known = [*TEXT_TYPES, *TEXT_TYPES.values()]
+    if model_type not in known:
+        top.fail("model_type", f"must be one of {', '.join(known)}")
     text = top.object("text_config") if model_type in TEXT_TYPES else top
     text_type = TEXT_TYPES.get(model_type, model_type)
-    if text_type not in TEXT_TYPES.values():
-        top.fail("model_type", f"must be one of {', '.join([*TEXT_TYPES, *TEXT_TYPES.values()])}")
     if text.get("model_type", text_type) != text_type:
         text.fail("model_type", f"must be {text_type} inside {model_type}")
     _refuse(folder, top, text)
