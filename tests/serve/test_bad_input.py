@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 
 import httpx
 import pytest
@@ -128,6 +129,16 @@ def test_bad_detokenize(fake, tokens):
     check(fake.post("/detokenize", {"tokens": tokens}), 400)
 
 
+def test_text_that_cannot_fit_is_not_tokenized(fake):
+    text = "a" * 100_000
+    for path, body in (
+        (COMPLETIONS, {"prompt": text}),
+        ("/tokenize", {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]}),
+    ):
+        check(fake.post(path, body), 400, "100000 characters")
+
+
 def test_unknown_model_and_routes(fake):
     error = check(fake.post(COMPLETIONS, {"model": "gpt-x", "prompt": "x"}), 404, "gpt-x", "test-model")
     assert error["code"] == "model_not_found" and error["param"] == "model"
@@ -146,7 +157,9 @@ def test_body_too_large_in_chunks(fake):
             yield b"x" * 1000
         yield b'"}'
 
+    begin = time.monotonic()
     check(httpx.post(fake.url + COMPLETIONS, content=pieces(), headers={"content-type": "application/json"}), 413)
+    assert time.monotonic() - begin < 2, "it waited for more than the client sends"
 
 
 def test_too_large_waits_for_no_body(fake):
@@ -176,7 +189,8 @@ def test_full_queue(launch):
     check(server.post(COMPLETIONS, {"prompt": ["x"] * 2, "n": 3}), 400, "4")
     body = {"prompt": [[600], [601]], "n": 2, "max_tokens": 1000, "stream": True}
     with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=30) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # dropping it would close the connection
+        next(lines)
         server.wait_for("gemcutter_requests_waiting", 2)
         error = check(server.post(COMPLETIONS, {"prompt": "x"}), 503)
         assert error["type"] == "server_error" and error["code"] == "queue_full"

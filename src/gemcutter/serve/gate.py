@@ -4,6 +4,7 @@ import asyncio
 import hmac
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from gemcutter.serve.errors import ApiError, bad_request
 
@@ -40,37 +41,48 @@ async def read_json(request: Request, limit: int) -> bytes:
     if content_type != "application/json":
         raise bad_request(f"send Content-Type: application/json, got {content_type[:100] or 'none'}")
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
+    body, more = None, True
+    if not (announced.isdigit() and int(announced) > limit):
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body, more = await _collect(request, limit)
+        except TimeoutError as error:
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from error
+    if body is not None:
+        return body
+    if more:
         await _discard(request, limit)
-        raise _too_large(limit)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for piece in request.stream():
-                if len(body) + len(piece) > limit:
-                    await _discard(request, limit)
-                    raise _too_large(limit)
-                body += piece
-    except TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s") from error
-    return bytes(body)
+    raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+
+async def _collect(request: Request, limit: int) -> tuple[bytes | None, bool]:
+    """The body, or None as soon as it is too large; and whether more of it is to come."""
+    body, more = bytearray(), True
+    while more:
+        piece, more = await _receive(request)
+        if len(body) + len(piece) > limit:
+            return None, more
+        body += piece
+    return bytes(body), False
 
 
 async def _discard(request: Request, limit: int) -> None:
     """Read what a client still sends, up to 4 times the limit, and keep nothing."""
     if request.headers.get("expect", "").lower() == "100-continue":
         return  # it waits for leave to send
-    left = 4 * limit
+    left, more = 4 * limit, True
     try:
         async with asyncio.timeout(DISCARD_SECONDS):
-            while left > 0:
-                message = await request.receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
+            while more and left > 0:
+                piece, more = await _receive(request)
+                left -= len(piece)
     except TimeoutError:
         pass
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+async def _receive(request: Request) -> tuple[bytes, bool]:
+    """The next piece of the body, and whether there are more. Raises ClientDisconnect."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)

@@ -67,8 +67,17 @@ class Service:
             raise bad_request(f"{self.name} has no tokenizer: only completions of token ids are served")
         return self.tokenizer
 
+    def check_length(self, chars: int) -> None:
+        """Raises ApiError (400) for text that cannot fit the context, before it costs seconds to tokenize."""
+        bound = None if self.tokenizer is None else self.tokenizer.max_chars
+        if bound is not None and chars > self.context_length * bound:
+            raise bad_request(
+                f"{chars} characters are more than the context of {self.context_length} tokens can hold"
+            )
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         tokenizer = self.need_tokenizer()
+        self.check_length(len(text))
         return await _aside(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), "prompt")
 
     async def render(
@@ -81,6 +90,7 @@ class Service:
             raise bad_request(
                 f"chat_template_kwargs may not set {', '.join(sorted(taken))}", "chat_template_kwargs"
             )
+        self.check_length(sum(map(_chars, messages)))
         return await _aside(
             lambda: render(tokenizer, messages, tools=tools, add_generation_prompt=opening, **kwargs),
             "messages",
@@ -90,6 +100,8 @@ class Service:
         self, prompt: str | list[int], params: SamplingParams, id: str, clip: bool = False
     ) -> list[Request]:
         """One request per choice; `clip` as in Intake. Raises ApiError (400)."""
+        if isinstance(prompt, str):
+            self.check_length(len(prompt))
         return await _aside(lambda: self._intake.requests(prompt, params, id, clip), None)
 
     def answer(self, requests: list[Request], n: int, arrival: float) -> Answer:
@@ -101,6 +113,14 @@ class Service:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _chars(message: dict) -> int:
+    """Characters of a message's content, whatever a client put there."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 async def _aside(work: Callable[[], T], param: str | None) -> T:
