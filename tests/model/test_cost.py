@@ -74,7 +74,7 @@ def test_decode_floors_of_others(specs):
 
 
 def test_prefill_floors_of_the_26b(specs):
-    """The same script: 74 and 379 ms at 0.80 PFLOP/s; 1024 tokens are bound by one pass over the weights, 11.5 ms."""
+    """The same script: 74 and 379 ms at 0.80 PFLOP/s; 1024 tokens wait for one weight pass, 11.5 ms."""
     for tokens, expected in ((8192, 74), (32_768, 379)):
         assert 1e3 * cost.prefill_flops(specs["26b"], tokens) / 0.80e15 == pytest.approx(expected, rel=0.01)
     assert 1e3 * cost.prefill_flops(specs["26b"], 1024) / 0.80e15 < 11.5
