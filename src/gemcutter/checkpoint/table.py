@@ -15,7 +15,13 @@ from gemcutter.spec import LayerSpec, ModelSpec
 
 NESTED = "model.language_model."  # prefix of the text model in a Gemma4ForConditionalGeneration
 TEXT_ONLY = "model."  # and in a Gemma4ForCausalLM
-OTHER_MODALITIES = ("model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.")
+OTHER_MODALITIES = (
+    "model.vision_tower.",
+    "model.vision_embedder.",  # 12B, which has no towers; HF renames it to embed_vision as it loads
+    "model.embed_vision.",
+    "model.audio_tower.",
+    "model.embed_audio.",
+)
 HEAD = "lm_head.weight"  # the one name outside the text model's prefix
 
 
