@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-1e30)  # the maximum of no scores: below each, and x - x is 0 where -inf would give NaN
 SPLIT = 128  # keys; 26B at batch 1 with 8192 keys then keeps 2 kv heads x 64 splits on 132 SMs
 MAX_SLOTS = 64  # partials of one sequence and head; fp32, so D x 256 bytes
 PROGRAMS = 1056  # wanted in flight, 8 for each of 132 SMs; changes who computes a partial, never its bits
@@ -51,7 +52,7 @@ def _partial_kernel(
     for slot in range(tl.program_id(0), tl.minimum(num_splits, SLOTS), workers):
         q = tl.load(q_ptr + head[:, None] * D + dims, mask=used[:, None], other=0.0)
         acc = tl.zeros([ROWS, D], tl.float32)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
+        top = tl.full([ROWS], FLOOR, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         # The slot's splits as one run of tiles, so that loads stay in flight from one split to the next.
         rounds = (num_splits - 1 - slot) // SLOTS  # splits of this slot before its last
@@ -68,10 +69,8 @@ def _partial_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = tl.where((key == live)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
-            # -inf after a first tile that lies wholly before the window
-            base = tl.where(new_top == float("-inf"), 0.0, new_top * LOG2E)
-            weight = tl.exp2(scores * LOG2E - base[:, None])
-            fade = tl.exp2(top * LOG2E - base)
+            weight = tl.exp2(scores * LOG2E - (new_top * LOG2E)[:, None])
+            fade = tl.exp2((top - new_top) * LOG2E)
             total = total * fade + tl.sum(weight, 1)
             v = tl.load(v_ptr + rows + dims)
             acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
@@ -95,19 +94,18 @@ def _merge_kernel(
     num_splits = _key_range(kv_len_ptr, seq, WINDOW, SPLIT)[3]
     num_slots = tl.minimum(num_splits, SLOTS)
     slot = tl.arange(0, MAX_SLOTS)  # always as wide: the order of the sums must not follow the page table
-    tops = tl.load(top_ptr + head * SLOTS + slot, mask=slot < num_slots, other=float("-inf"))
+    tops = tl.load(top_ptr + head * SLOTS + slot, mask=slot < num_slots, other=FLOOR)
     totals = tl.load(total_ptr + head * SLOTS + slot, mask=slot < num_slots, other=0.0)
-    base = tl.max(tops, 0) * LOG2E
-    base = tl.where(num_slots > 0, base, 0.0)
-    total = tl.sum(tl.exp2(tops * LOG2E - base) * totals, 0)
+    highest = tl.max(tops, 0)
+    total = tl.sum(tl.exp2((tops - highest) * LOG2E) * totals, 0)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for begin in range(0, num_slots, 16):
         some = begin + tl.arange(0, 16)
         held = some < num_slots
-        some_tops = tl.load(top_ptr + head * SLOTS + some, mask=held, other=float("-inf"))
+        some_tops = tl.load(top_ptr + head * SLOTS + some, mask=held, other=FLOOR)
         at = (head * SLOTS + some)[:, None] * D + dims[None, :]
         part = tl.load(part_ptr + at, mask=held[:, None], other=0.0)
-        acc += tl.sum(part * tl.exp2(some_tops * LOG2E - base)[:, None], 0)
+        acc += tl.sum(part * tl.exp2((some_tops - highest) * LOG2E)[:, None], 0)
     acc = tl.where(num_slots > 0, acc / total, 0.0)
     tl.store(out_ptr + head * D + dims, acc.to(out_ptr.dtype.element_ty))
 

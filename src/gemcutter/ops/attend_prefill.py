@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-1e30)  # the maximum of no scores: below each, and x - x is 0 where -inf would give NaN
 
 
 @triton.jit
 def _attend_tiles(
     acc, top, total, q, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
-    D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold keys begin : end, in tiles, into the running softmax (acc, top, total) of a query tile.
@@ -31,18 +32,22 @@ def _attend_tiles(
         page = tl.load(pages_ptr + live // PAGE).to(tl.int64)
         rows = (page * page_stride + live % PAGE * D)[:, None]
         k = tl.load(k_ptr + rows + dims)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if BLOCK_M == 64:
+            # The branch is always taken. Where it sees a chain of dots, Triton lays all warps along the rows, and
+            # both warpgroups would compute the same 64 rows of scores; a dot in a branch shows no chain.
+            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if start <= key_last:
+                scores = tl.dot(q, tl.trans(k))
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             seen = key[None, :] <= pos[:, None]
             if WINDOW > 0:
                 seen = seen & (pos[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        base = new_top * LOG2E
-        if MASKED:
-            base = tl.where(new_top == float("-inf"), 0.0, base)  # a row that has seen nothing yet
-        weight = tl.exp2(scores * LOG2E - base[:, None])
-        fade = tl.exp2(top * LOG2E - base)
+        weight = tl.exp2(scores * LOG2E - (new_top * LOG2E)[:, None])
+        fade = tl.exp2((top - new_top) * LOG2E)
         total = total * fade + tl.sum(weight, 1)
         v = tl.load(v_ptr + rows + dims)
         acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
@@ -81,7 +86,7 @@ def _prefill_kernel(
     pages_ptr += seq.to(tl.int64) * max_pages
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_M], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Keys first_key .. last_pos in three runs: cut by a row's window, seen by every row, cut by the diagonal.
     first_key = 0
@@ -92,15 +97,15 @@ def _prefill_kernel(
         clear_begin = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         acc, top, total = _attend_tiles(
             acc, top, total, q, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
-            k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_N, True, PRECISION,
+            k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     acc, top, total = _attend_tiles(
         acc, top, total, q, pos, clear_begin, clear_end, first_key, last_pos,
-        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_N, False, PRECISION,
+        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_M, BLOCK_N, False, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend_tiles(
         acc, top, total, q, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
-        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_N, True, PRECISION,
+        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_M, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, result, mask=(row < query_len * GROUP)[:, None])
