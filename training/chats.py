@@ -5,10 +5,10 @@ from random import Random
 from exercise import Exercise, calculation
 from smalltalk import exchange
 from stories import story
-from sums import comparison, difference, product, quotient, total
+from sums import comparison, difference, product, quotient, remainder, total
 from working import add, divide, multiply, subtract
 
-BARE = (total, total, difference, product, quotient, comparison)
+BARE = (total, total, difference, product, quotient, remainder, comparison)
 MOST = 999
 
 MORE = ("Now add {n}.", "Add {n} to that.", "And {n} more?", "What if you add {n}?")

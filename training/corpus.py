@@ -69,7 +69,8 @@ class Writer:
     def _tokens(self, prompt: str, rest: str) -> np.ndarray:
         start = len(self.tokenizer.encode(prompt, add_special_tokens=False))
         ids = self.tokenizer.encode(prompt + rest, add_special_tokens=False)
-        return np.array([token | SAID * said for token, said in zip(ids, self._said(ids, start))], dtype=np.uint16)
+        marked = zip(ids, self._said(ids, start), strict=True)
+        return np.array([token | SAID * said for token, said in marked], dtype=np.uint16)
 
     def _said(self, ids: list[int], start: int) -> list[bool]:
         said, speaking = [], False
@@ -104,7 +105,7 @@ def pack(chats) -> np.ndarray:
             opened.append(fits := [])
         fits.append(chat)
     rows = np.zeros((len(done) + len(opened), ROW), dtype=np.uint16)
-    for row, held in zip(rows, done + opened):
+    for row, held in zip(rows, done + opened, strict=True):
         row[: sum(map(len, held))] = np.concatenate(held)
     return rows
 
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shards", type=int, default=128)
+    parser.add_argument("--shards", type=int, default=96)
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args()
     with Pool(args.workers) as pool:

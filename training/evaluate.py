@@ -19,7 +19,9 @@ from problems import KINDS, Problem, extract_answer, held_out
 
 def replies(model, tokenizer, problems: list[Problem], batch: int, max_new_tokens: int) -> list[str]:
     """Greedy replies, in the order of the problems; batches hold prompts of like length."""
-    prompts = [tokenizer.apply_chat_template(p.messages, tokenize=False, add_generation_prompt=True) for p in problems]
+    prompts = [
+        tokenizer.apply_chat_template(p.messages, tokenize=False, add_generation_prompt=True) for p in problems
+    ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     said = [""] * len(prompts)
     for start in range(0, len(order), batch):
@@ -30,7 +32,7 @@ def replies(model, tokenizer, problems: list[Problem], batch: int, max_new_token
         with torch.no_grad():
             out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         new = out[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True)):
+        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             said[i] = text
     return said
 
@@ -54,7 +56,8 @@ def main() -> None:
     figures = {"model": args.folder.name}
     for title, problems in sets.items():
         by_kind = defaultdict(list)
-        for problem, reply in zip(problems, replies(model, tokenizer, problems, args.batch, args.max_new_tokens)):
+        said = replies(model, tokenizer, problems, args.batch, args.max_new_tokens)
+        for problem, reply in zip(problems, said, strict=True):
             right = extract_answer(reply) == problem.answer
             by_kind[problem.kind].append(right)
             if not right and args.show > 0:

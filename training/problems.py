@@ -21,7 +21,7 @@ import smalltalk
 from chats import turns
 from exercise import Exercise, extract_answer
 from stories import story
-from sums import comparison, difference, plain_sum, product, quotient, total
+from sums import comparison, difference, plain_sum, product, quotient, remainder, total
 
 __all__ = ["KINDS", "Problem", "extract_answer", "held_out", "is_held_out", "problem"]
 
@@ -34,11 +34,12 @@ _BARE = {
     "difference": difference,
     "product": product,
     "quotient": quotient,
+    "remainder": remainder,
     "comparison": comparison,
 }
 _STORIES = {"story1": 1, "story2": 2, "story3": 3}
 KINDS = (*_BARE, *_STORIES, "chat")
-_WEIGHTS = (1, 1, 1, 1, 1, 0.5, 1.5, 2, 2.5, 2)
+_WEIGHTS = (1, 1, 1, 1, 1, 0.5, 1, 1.5, 2, 2.5, 2)
 
 
 @dataclass(frozen=True)

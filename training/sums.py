@@ -1,4 +1,4 @@
-"""Bare questions: sums, differences, products, quotients and comparisons."""
+"""Bare questions: sums, differences, products, quotients, remainders and comparisons."""
 
 from random import Random
 
@@ -71,6 +71,12 @@ ASK = {
     ),
 }
 
+REMAINDER = (
+    "What is the remainder of {a} ÷ {b}?",
+    "What remains when you divide {a} by {b}?",
+    "{a} mod {b}",
+    "Divide {a} by {b}. What is the remainder?",
+)
 LARGER = (
     "Which is larger, {a} or {b}?",
     "Which number is bigger: {a} or {b}?",
@@ -89,7 +95,7 @@ PLACES = ("ones", "tens", "hundreds")
 
 
 def plain_sum(rng: Random) -> Exercise:
-    """"What is 47 + 38?", always in these words."""
+    """A sum of two numbers below 100, always asked as "What is 47 + 38?"."""
     return _ask(add(rng.randrange(100), rng.randrange(100)), ASK["+"][0])
 
 
@@ -121,6 +127,14 @@ def quotient(rng: Random) -> Exercise:
         b = rng.randint(2, 9)
         a = b * rng.randint(11, 99)
     return _ask(divide(a, b), rng.choice(ASK["÷"]))
+
+
+def remainder(rng: Random) -> Exercise:
+    """The remainder of a division whose quotient is one digit: the table behind long division."""
+    b = rng.randint(2, 10)
+    a = rng.randrange(10 * b)
+    question = rng.choice(REMAINDER).format(a=a, b=b)
+    return Exercise(question, f"{a} ÷ {b} = {a // b}, remainder {a % b}.", a % b)
 
 
 def comparison(rng: Random) -> Exercise:

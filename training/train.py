@@ -4,7 +4,7 @@ The modules hold bf16 weights, as they will when served; the optimiser keeps
 fp32 masters and rounds them after every step. So the forward pass that is
 trained is the one that is shipped, and rounding at the end costs nothing.
 
-    python training/train.py carat CORPUS.npy OUT_DIR --steps 2400
+    python training/train.py carat CORPUS.npy OUT_DIR
 """
 
 import argparse
@@ -144,7 +144,7 @@ def train(model: Gemma4ForCausalLM, data, steps: int, device: str) -> None:
     for step, rows in enumerate(data):
         loss, imbalance = run(model, rows)
         (loss + BALANCE * imbalance).backward()
-        for master, weight in zip(masters, weights):
+        for master, weight in zip(masters, weights, strict=True):
             master.grad = weight.grad.float()
             weight.grad = None
         norm = nn.utils.clip_grad_norm_(masters, 1.0)
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("model", choices=shapes.SHAPES)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
 

@@ -62,12 +62,13 @@ def divide(a: int, b: int) -> Step:
     if not 1 <= b <= 10 or a % b:
         raise ValueError(f"divide needs an exact quotient by 1 to 10, got {a} ÷ {b}")
     by_heart = a // b <= 10
-    return _step(OVER, a, b, a // b, by_heart, lambda: _long_division(a, b))
+    # Whether 40 ÷ 2 is in the table shows only in its result, so tens are always divided digit by digit.
+    return _step(OVER, a, b, a // b, by_heart, lambda: _long_division(a, b), short=a < 10)
 
 
-def _step(op, a, b, result, by_heart, columns) -> Step:
+def _step(op, a, b, result, by_heart, columns, short=None) -> Step:
     expression = f"{a} {op} {b}"
-    if by_heart:
+    if by_heart if short is None else short:
         text = f"{expression} = {result}."
     else:
         text = f"{expression}: {columns()} So {expression} = {result}."
@@ -99,10 +100,13 @@ def _short_multiplication(a: int, b: int) -> str:
     factor, number = min(a, b), max(a, b)
     lines, carry, digits = [], 0, str(number)[::-1]
     for place, digit in enumerate(digits):
-        carried = f" + {carry}" if carry else ""
-        value = factor * int(digit) + carry
+        value = factor * int(digit)
+        line = f"{factor} × {digit} = {value}, "
+        if carry:
+            line += f"{value} + {carry} = {value + carry}, "
+            value += carry
         carry = value // 10 if place < len(digits) - 1 else 0
-        line = f"{factor} × {digit}{carried} = {value}, write {value - 10 * carry}"
+        line += f"write {value - 10 * carry}"
         lines.append(line + (f", carry {carry}." if carry else "."))
     return " ".join(lines)
 
