@@ -192,6 +192,22 @@ def test_nothing_stays_in_the_engine_after_an_exception(llm, monkeypatch, error,
     assert llm.generate(SUMS[0], GREEDY)[0].outputs[0].token_ids == before.outputs[0].token_ids
 
 
+def test_a_broken_step_is_told_to_every_stream(llm, monkeypatch):
+    stream = llm.stream(SUMS[0], GREEDY)
+    next(stream)
+
+    def breaks(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._engine._runner, "run", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(SUMS[1], GREEDY)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="failed: a step broke: KeyboardInterrupt"):
+        list(stream)
+    assert idle(llm)
+
+
 def test_stream_gives_the_text_of_generate(llm):
     deltas = list(llm.stream(SUMS[0], GREEDY))
     [result] = llm.generate(SUMS[0], GREEDY)

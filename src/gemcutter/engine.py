@@ -4,14 +4,14 @@ import dataclasses
 import sys
 
 import torch
-from gemcutter.checkpoint.config import read_generation_config, read_spec
-from gemcutter.checkpoint.load import load
 
 from gemcutter.cache.budget import size_cache
 from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.ledger import Ledger
 from gemcutter.cache.pool import KVPool
+from gemcutter.checkpoint.config import read_generation_config, read_spec
 from gemcutter.checkpoint.files import locate
+from gemcutter.checkpoint.load import load
 from gemcutter.config import EngineConfig
 from gemcutter.model.gemma4 import Gemma4
 from gemcutter.run.build import StepBuilder
@@ -34,7 +34,7 @@ class Engine:
         self.spec = spec
         self._scheduler = scheduler
         self._runner = runner
-        self._aborted: list[Update] = []
+        self._ended: list[Update] = []  # last words of requests that no step will mention
 
     @classmethod
     def start(cls, config: EngineConfig) -> "Engine":
@@ -96,7 +96,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._aborted)
+        return self._scheduler.has_work or bool(self._ended)
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -112,15 +112,25 @@ class Engine:
     def abort(self, id: str) -> None:
         """End a request; the next step reports it with finish_reason "abort". Unknown ids are ignored."""
         if self._scheduler.abort(id):
-            self._aborted.append(Update(id=id, token_ids=[], finish_reason="abort"))
+            self._ended.append(Update(id=id, token_ids=[], finish_reason="abort"))
 
     def step(self) -> list[Update]:
-        """Run one step of all that fit into it, and tell what is new."""
-        updates, self._aborted = self._aborted, []
+        """Run one step of all that fit into it, and tell what is new.
+
+        An exception out of the forward pass, Ctrl-C included, ends the requests of this step: the next call reports
+        them with finish_reason "error", and the others go on.
+        """
+        updates, self._ended = self._ended, []
         plan = self._scheduler.plan()
         if plan is None:
             return updates
-        sampled = self._runner.run(plan, self._scheduler.ledger)
+        try:
+            sampled = self._runner.run(plan, self._scheduler.ledger)
+        except BaseException as error:
+            failed = self._scheduler.fail(plan)
+            last = {"token_ids": [], "finish_reason": "error", "error": f"a step broke: {error!r}"}
+            self._ended = updates + [Update(id=sequence.id, **last) for sequence in failed]
+            raise
         for new in self._scheduler.commit(plan, sampled.token_ids):
             sequence, logprobs = new.sequence, sampled.logprobs[new.row]
             updates.append(

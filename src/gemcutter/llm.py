@@ -189,7 +189,10 @@ class LLM:
                 if not news:
                     self._step(engine)
                 while news:
-                    yield news.popleft()
+                    request, update, delta = news.popleft()
+                    if delta.finish_reason == "error":
+                        raise RuntimeError(f"request {request.id} failed: {update.error}")
+                    yield request, update, delta
         finally:
             for id in mine & self._flights.keys():
                 del self._flights[id]
@@ -202,8 +205,6 @@ class LLM:
             flight = self._flights.get(update.id)
             if flight is None:
                 continue  # the last word of a request that was aborted
-            if update.finish_reason == "error":
-                raise RuntimeError(f"request {update.id} failed: {update.error}")
             delta = flight.text.push(update)
             flight.news.append((flight.request, update, delta))
             if delta.finish_reason is not None:
