@@ -102,6 +102,27 @@ def test_every_quantile_falls_where_the_float64_cdf_says(seed, top_k, top_p, min
     assert got == want
 
 
+@pytest.mark.parametrize("top_k", [0, 6, 100], ids=["unsorted", "shortlist", "sorted"])
+def test_edges_are_exact(top_k):
+    """Four equal tokens, others impossible: quarters of the unit interval belong to them, ends included."""
+    logits = torch.full((1, VOCAB), -math.inf)
+    equal = [3, 40, 200, 299]
+    logits[0, equal] = 1.5
+
+    def at(uniform, **params):
+        batch = SampleBatch.build([row(temperature=0.6, top_k=top_k, **params)], VOCAB, "cpu")
+        part = batch.shortlist or (batch.sort + batch.whole)[0]
+        part.uniform[:] = uniform
+        return sample(logits, batch).token_ids.item()
+
+    below = 1 - 2.0**-53
+    assert [at(u) for u in (0.0, 0.25, 0.5, 0.75, below)] == [*equal, 299]
+    assert [at(u * below) for u in (0.25, 0.5, 0.75)] == equal[:3]
+    assert [at(u, min_p=1.0) for u in (0.0, below)] == [3, 299], "min_p keeps what equals the likeliest"
+    assert [at(u, top_p=0.5) for u in (0.0, 0.5, below)] == [3, 40, 40], "two of four reach one half"
+    assert [at(u, top_p=0.51) for u in (0.0, below)] == [3, 200]
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -135,6 +156,8 @@ def test_draws_follow_the_distribution(params):
 def test_uniform_is_uniform_over_indices_and_over_seeds():
     pinned = [uniform_of(0, 0), uniform_of(1, 0), uniform_of(0, 1), uniform_of(-1, 3), uniform_of(2**64 - 1, 3)]
     assert pinned[3] == pinned[4] and len(set(pinned)) == 4
+    # SplitMix64's own stride between seeds must not make one stream the other, shifted.
+    assert uniform_of(0x9E3779B97F4A7C15, 0) != uniform_of(0, 1)
     for draws in (
         [uniform_of(3, i) for i in range(20000)],
         [uniform_of(i, 0) for i in range(20000)],
