@@ -28,12 +28,11 @@ def _key_range(kv_len_ptr, seq, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
     return kv_len, first_key, first_split, tl.cdiv(kv_len, SPLIT) - first_split
 
 
-@triton.jit(do_not_specialize=["max_pages"])
+@triton.jit(do_not_specialize=["max_pages", "slots"])
 def _partial_kernel(
-    q_ptr, k_ptr, v_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, page_stride,
+    q_ptr, k_ptr, v_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots, page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SLOTS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (worker, kv head, sequence): partials worker, worker + workers, ... of the kv head's group."""
     workers = tl.num_programs(0)
@@ -49,17 +48,17 @@ def _partial_kernel(
     v_ptr += kv_head * PAGE * D
     pages_ptr += seq * max_pages
 
-    for slot in range(tl.program_id(0), tl.minimum(num_splits, SLOTS), workers):
+    for slot in range(tl.program_id(0), tl.minimum(num_splits, slots), workers):
         q = tl.load(q_ptr + head[:, None] * D + dims, mask=used[:, None], other=0.0)
         acc = tl.zeros([ROWS, D], tl.float32)
         top = tl.full([ROWS], FLOOR, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         # The slot's splits as one run of tiles, so that loads stay in flight from one split to the next.
-        rounds = (num_splits - 1 - slot) // SLOTS  # splits of this slot before its last
-        last_begin = (first_split + slot + rounds * SLOTS) * SPLIT
+        rounds = (num_splits - 1 - slot) // slots  # splits of this slot before its last
+        last_begin = (first_split + slot + rounds * slots) * SPLIT
         tiles = rounds * TILES + tl.cdiv(tl.minimum(kv_len - last_begin, SPLIT), BLOCK_N)
         for tile in range(0, tiles):
-            start = (first_split + slot + tile // TILES * SLOTS) * SPLIT + tile % TILES * BLOCK_N
+            start = (first_split + slot + tile // TILES * slots) * SPLIT + tile % TILES * BLOCK_N
             key = start + tl.arange(0, BLOCK_N)
             # Hidden keys are read at a live one: freed pages and the tail of the last page may hold NaN.
             live = tl.minimum(tl.maximum(key, first_key), kv_len - 1)
@@ -75,35 +74,35 @@ def _partial_kernel(
             v = tl.load(v_ptr + rows + dims)
             acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
             top = new_top
-        at = head * SLOTS + slot
+        at = head * slots + slot
         tl.store(part_ptr + at[:, None] * D + dims, acc, mask=used[:, None])
         tl.store(top_ptr + at, top, mask=used)
         tl.store(total_ptr + at, total, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _merge_kernel(
-    kv_len_ptr, part_ptr, top_ptr, total_ptr, out_ptr,
+    kv_len_ptr, part_ptr, top_ptr, total_ptr, out_ptr, slots,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    SLOTS: tl.constexpr, SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, BLOCK_D dims): the partials' weighted sum, 16 partials at a time."""
     seq = tl.program_id(0).to(tl.int64)
     head = seq * HEADS + tl.program_id(1)
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     num_splits = _key_range(kv_len_ptr, seq, WINDOW, SPLIT)[3]
-    num_slots = tl.minimum(num_splits, SLOTS)
+    num_slots = tl.minimum(num_splits, slots)
     slot = tl.arange(0, MAX_SLOTS)  # always as wide: the order of the sums must not follow the page table
-    tops = tl.load(top_ptr + head * SLOTS + slot, mask=slot < num_slots, other=FLOOR)
-    totals = tl.load(total_ptr + head * SLOTS + slot, mask=slot < num_slots, other=0.0)
+    tops = tl.load(top_ptr + head * slots + slot, mask=slot < num_slots, other=FLOOR)
+    totals = tl.load(total_ptr + head * slots + slot, mask=slot < num_slots, other=0.0)
     highest = tl.max(tops, 0)
     total = tl.sum(tl.exp2((tops - highest) * LOG2E) * totals, 0)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for begin in range(0, num_slots, 16):
         some = begin + tl.arange(0, 16)
         held = some < num_slots
-        some_tops = tl.load(top_ptr + head * SLOTS + some, mask=held, other=FLOOR)
-        at = (head * SLOTS + some)[:, None] * D + dims[None, :]
+        some_tops = tl.load(top_ptr + head * slots + some, mask=held, other=FLOOR)
+        at = (head * slots + some)[:, None] * D + dims[None, :]
         part = tl.load(part_ptr + at, mask=held[:, None], other=0.0)
         acc += tl.sum(part * tl.exp2((some_tops - highest) * LOG2E)[:, None], 0)
     acc = tl.where(num_slots > 0, acc / total, 0.0)
@@ -158,14 +157,14 @@ def launch_decode(
     total = torch.empty_like(top)
     workers = max(1, min(slots, triton.cdiv(PROGRAMS, num_seqs * num_kv_heads)))
     _partial_kernel[(workers, num_kv_heads, num_seqs)](
-        q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], k_cache.stride(0),
+        q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], slots, k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
-        SLOTS=slots, SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **decode_tile(q.dtype, head_dim),
     )  # fmt: skip
     block_d = min(head_dim, 128)
     _merge_kernel[(num_seqs, num_heads, head_dim // block_d)](
-        kv_len, part, top, total, out,
+        kv_len, part, top, total, out, slots,
         HEADS=num_heads, D=head_dim, BLOCK_D=block_d, WINDOW=window or 0,
-        SLOTS=slots, SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4,
+        SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4,
     )  # fmt: skip
