@@ -199,6 +199,12 @@ def test_full_queue(launch):
     assert server.post(COMPLETIONS, {"prompt": "x"}).status_code == 200
 
 
+def test_prompts_of_all_choices_together_are_bounded(launch):
+    server = launch(context_length=100_000)
+    check(server.post(COMPLETIONS, {"prompt": [600] * 90_000, "n": 50, "max_tokens": 1}), 400, "4500000", "4194304")
+    assert server.post(COMPLETIONS, {"prompt": [600] * 90_000, "n": 2, "max_tokens": 1}).status_code == 200
+
+
 def test_errors_do_not_repeat_huge_values(fake):
     for body in ({"model": "m" * 100_000, "prompt": "x"}, {"prompt": "x", "temperature": "t" * 100_000}):
         assert len(fake.post(COMPLETIONS, body).content) < 2000

@@ -58,16 +58,17 @@ async def _live(config: EngineConfig, listener: socket.socket, start_engine: Cal
         service = await _first(signalled.wait(), _start(config, bridge))
         if not isinstance(service, Service):
             return 0
-        # WebSockets, forwarded headers and the server's own logging of requests are not used.
+        # What is off here is not used, and uvicorn's log says what our own lines say.
+        quiet = {"log_level": "error", "access_log": False, "ws": "none", "lifespan": "off"}
+        bare = {"proxy_headers": False, "server_header": False}
         server = _Server(
-            uvicorn.Config(
-                build_app(service), log_level="error", ws="none", proxy_headers=False, server_header=False,
-                access_log=False, timeout_graceful_shutdown=CLOSE_SECONDS,
-            )
-        )  # fmt: skip
+            uvicorn.Config(build_app(service), timeout_graceful_shutdown=CLOSE_SECONDS, **quiet, **bare)
+        )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
+        if serving.done():
+            await serving  # raises
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         print(

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import signal
 import tempfile
+import traceback
 from collections.abc import Callable
 
 import zmq
@@ -137,16 +138,23 @@ class Bridge:
             pass
 
     async def _listen(self) -> None:
-        while True:
-            message = wire.from_engine.decode(await self._pull.recv())
-            match message:
-                case wire.Report():
-                    self._deliver(message)
-                case wire.Ready():
-                    self.stats = message.stats
-                    self._started.set_result(message)
-                case wire.Failed():
-                    self._last_word = message.message
+        try:
+            while True:
+                self._hear(wire.from_engine.decode(await self._pull.recv()))
+        except Exception:  # our bug; deaf to the engine, the server would only look alive
+            traceback.print_exc()
+            self._last_word = "its messages could not be read"
+            self._process.kill()
+
+    def _hear(self, message: wire.Ready | wire.Report | wire.Failed) -> None:
+        match message:
+            case wire.Report():
+                self._deliver(message)
+            case wire.Ready():
+                self.stats = message.stats
+                self._started.set_result(message)
+            case wire.Failed():
+                self._last_word = message.message
 
     def _deliver(self, report: wire.Report) -> None:
         if report.stats is not None:

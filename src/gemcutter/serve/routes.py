@@ -55,7 +55,7 @@ def build_app(service: Service) -> FastAPI:
     async def chat(request: Request) -> Response:
         arrival = time.monotonic()
         ask = await read(request, ChatRequest)
-        if ask.top_logprobs is not None and not ask.logprobs:
+        if ask.top_logprobs and not ask.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         max_tokens = ask.max_tokens if ask.max_completion_tokens is None else ask.max_completion_tokens
         params = ask.params(max_tokens, (ask.top_logprobs or 0) if ask.logprobs else None)

@@ -8,6 +8,7 @@ from gemcutter.params import SamplingParams
 from gemcutter.serve.errors import bad_request
 
 MAX_PROMPTS = 128  # prompts of one completions request
+MAX_PROMPT_TOKENS = 2**22  # over all choices of one request: each carries its prompt to the engine
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none: OpenAI's default
 
 # Fields that would change the answer in ways that nothing here enforces, and the values that ask for nothing.
@@ -64,8 +65,8 @@ class Sampling(msgspec.Struct, kw_only=True):
     max_tokens: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
+    ignore_eos: bool | None = False
+    skip_special_tokens: bool | None = True
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = False
@@ -91,9 +92,9 @@ class Sampling(msgspec.Struct, kw_only=True):
                 max_tokens=max_tokens,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
-                ignore_eos=self.ignore_eos,
+                ignore_eos=bool(self.ignore_eos),
                 logprobs=logprobs,
-                skip_special_tokens=self.skip_special_tokens,
+                skip_special_tokens=self.skip_special_tokens is not False,
             )
         except ValueError as error:
             word = str(error).split(" ")[0].split("[")[0]  # messages begin with the name of the value

@@ -16,6 +16,7 @@ from gemcutter.serve.answer import Answer
 from gemcutter.serve.bridge import Bridge
 from gemcutter.serve.errors import ApiError, bad_request
 from gemcutter.serve.metrics import Metrics
+from gemcutter.serve.schema import MAX_PROMPT_TOKENS
 from gemcutter.text.chat import render
 from gemcutter.text.intake import Intake
 from gemcutter.text.tokens import Tokenizer
@@ -105,9 +106,15 @@ class Service:
         return await _aside(lambda: self._intake.requests(prompt, params, id, clip), None)
 
     def answer(self, requests: list[Request], n: int, arrival: float) -> Answer:
-        """`requests`: n in a row for each prompt. Raises ApiError (503) where nothing is taken any more."""
+        """`requests`: n in a row for each prompt. Raises ApiError (400, 503) where they are not taken."""
         if self.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
+        tokens = sum(len(request.prompt_ids) for request in requests)
+        if tokens > MAX_PROMPT_TOKENS:
+            raise bad_request(
+                f"the prompts of all choices together have {tokens} tokens, at most {MAX_PROMPT_TOKENS} are taken "
+                "at once; lower n or send fewer prompts"
+            )
         return Answer(self.bridge, self.metrics, self.tokenizer, requests, n, arrival)
 
 
