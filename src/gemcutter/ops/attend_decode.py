@@ -161,10 +161,11 @@ def launch_decode(
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **decode_tile(q.dtype, head_dim),
+        enable_fp_fusion=True,  # said outright: the default is an environment variable's
     )  # fmt: skip
     block_d = min(head_dim, 128)
     _merge_kernel[(num_seqs, num_heads, head_dim // block_d)](
         kv_len, part, top, total, out, slots,
         HEADS=num_heads, D=head_dim, BLOCK_D=block_d, WINDOW=window or 0,
-        SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4,
+        SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

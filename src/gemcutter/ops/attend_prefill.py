@@ -152,4 +152,5 @@ def launch_prefill(
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,
+        enable_fp_fusion=True,  # said outright: the default is an environment variable's
     )  # fmt: skip
