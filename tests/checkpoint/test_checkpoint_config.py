@@ -230,8 +230,11 @@ def test_per_layer_config_keys_may_be_padded_and_values_partial(tmp_path):
     assert [layer.head_dim for layer in spec.layers] == [32, 128] * 6
     assert {layer.num_kv_heads for layer in spec.layers} == {2}
     assert_equals_hf(spec, hf_config(config))
-    config["per_layer_config"] = {}
-    assert {layer.head_dim for layer in read_spec(write(tmp_path, config)).layers} == {32}
+    for none in ({}, None):  # present, so global_head_dim and its default of 512 are off
+        config["per_layer_config"] = none
+        spec = read_spec(write(tmp_path, config | {"global_head_dim": 64}))
+        assert {layer.head_dim for layer in spec.layers} == {32}
+        assert_equals_hf(spec, hf_config(config | {"global_head_dim": 64}))
 
 
 @pytest.mark.parametrize("inner, outer", [(True, True), (False, False), (None, False), (None, True), (True, None)])
