@@ -58,6 +58,12 @@ class LLM:
         self._numbers = itertools.count()
         self._flights: dict[str, _Flight] = {}
 
+    @classmethod
+    def of(cls, config: EngineConfig) -> "LLM":
+        """The same, from a whole config."""
+        options = dataclasses.asdict(config)
+        return cls(options.pop("model_path"), **options)
+
     @property
     def config(self) -> EngineConfig:
         """What the engine runs with: no "auto" left."""

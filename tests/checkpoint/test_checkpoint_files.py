@@ -78,6 +78,11 @@ def test_hub_download_takes_no_pickles_and_no_subfolders(tmp_path, monkeypatch):
         wanted + unwanted, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"]
     )
     assert list(kept) == wanted
+    locate("google/gemma-4-E2B-it", weights=False)
+    kept = filter_repo_objects(
+        wanted + unwanted, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"]
+    )
+    assert list(kept) == [name for name in wanted if not name.endswith(".safetensors")]
 
 
 RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://hub"))

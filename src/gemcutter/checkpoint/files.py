@@ -14,10 +14,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of a kind that we do not run. The message names the culprit."""
 
 
-def locate(model_path: str, revision: str | None = None) -> Path:
+def locate(model_path: str, revision: str | None = None, weights: bool = True) -> Path:
     """Folder of a checkpoint: a built-in name first, then a local folder, then a hub id (downloaded if needed).
 
-    From the hub come JSON, safetensors and chat templates only, never pickles.
+    From the hub come JSON, safetensors and chat templates only, never pickles; without `weights` no safetensors.
 
     Raises:
         CheckpointError: there is no such checkpoint, it cannot be fetched, or it has no config.json.
@@ -36,7 +36,7 @@ def locate(model_path: str, revision: str | None = None) -> Path:
             f"one of {', '.join(BUILT_IN)}"
         )
     else:
-        folder = _download(model_path, revision)
+        folder = _download(model_path, revision, weights)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} holds no config.json; give the folder of a Gemma 4 checkpoint in HF's layout"
@@ -44,14 +44,14 @@ def locate(model_path: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     at = f"{repo!r} at revision {revision!r}" if revision else repr(repo)
     try:
         return Path(
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                allow_patterns=["*.json", "*.jinja", *["*.safetensors"] * weights],
                 ignore_patterns=["*/*"],  # subfolders hold other formats of the same weights
             )
         )
