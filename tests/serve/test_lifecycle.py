@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 
@@ -138,7 +139,9 @@ def test_exception_in_a_step_ends_the_server_with_its_message(launch):
     assert "gemcutter: the engine died: RuntimeError: step broke" in server.log
 
 
-def test_killed_server_leaves_no_engine_behind(launch):
+def test_killed_server_leaves_nothing_behind(launch, monkeypatch):
+    folder = tempfile.mkdtemp()  # not tmp_path: a socket's path is at most 107 characters
+    monkeypatch.setenv("TMPDIR", folder)
     server = launch()
     engine = server.engine_pid()
     server.process.kill()
@@ -146,6 +149,7 @@ def test_killed_server_leaves_no_engine_behind(launch):
     while alive(engine):
         assert time.monotonic() < deadline, "the engine outlives its server"
         time.sleep(0.05)
+    os.rmdir(folder)  # raises unless it is empty
 
 
 def test_engine_that_cannot_start(launch):

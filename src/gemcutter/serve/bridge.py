@@ -151,6 +151,8 @@ class Bridge:
             case wire.Report():
                 self._deliver(message)
             case wire.Ready():
+                # Both pipes are connected now, so nothing needs their files: a killed server leaves none behind.
+                shutil.rmtree(self._folder, ignore_errors=True)
                 self.stats = message.stats
                 self._started.set_result(message)
             case wire.Failed():
