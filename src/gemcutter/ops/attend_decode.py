@@ -68,7 +68,7 @@ def _partial_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = tl.where((key == live)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
-            weight = tl.exp2(scores * LOG2E - (new_top * LOG2E)[:, None])
+            weight = tl.exp2((scores - new_top[:, None]) * LOG2E)
             fade = tl.exp2((top - new_top) * LOG2E)
             total = total * fade + tl.sum(weight, 1)
             v = tl.load(v_ptr + rows + dims)

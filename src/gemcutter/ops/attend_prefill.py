@@ -46,7 +46,9 @@ def _attend_tiles(
                 seen = seen & (pos[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        weight = tl.exp2(scores * LOG2E - (new_top * LOG2E)[:, None])
+        # Subtracted first, exactly: s * LOG2E - m * LOG2E would fuse into an FMA in one copy of this loop and
+        # not in another, and a key's weight would depend on the run of tiles it falls into.
+        weight = tl.exp2((scores - new_top[:, None]) * LOG2E)
         fade = tl.exp2((top - new_top) * LOG2E)
         total = total * fade + tl.sum(weight, 1)
         v = tl.load(v_ptr + rows + dims)
