@@ -69,9 +69,10 @@ def _element(spec: ModelSpec) -> int:
 
 
 def _size(spec: ModelSpec, model: str) -> str:
+    ple = f", per-layer embeddings of {spec.ple_width}" if spec.ple_width else ""
     return (
         f"{model}: {len(spec.layers)} layers, hidden {spec.hidden}, vocab {spec.vocab}, "
-        f"context {spec.context_length}, {spec.dtype}" + (f", per-layer embeddings of {spec.ple_width}" if spec.ple_width else "")
+        f"context {spec.context_length}, {spec.dtype}{ple}"
     )
 
 
