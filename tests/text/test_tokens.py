@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import tiny_tokenizers
@@ -29,6 +31,28 @@ def test_agrees_with_autotokenizer(model, text):
     for skip in (True, False):
         assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
     assert ours.decode(ids) == text.replace("<bos>", "").replace("<turn|>", "")
+
+
+def test_long_texts_do_not_hold_up_other_threads():
+    """Both ways of encoding agree, and the one for long texts leaves Python's lock to others meanwhile."""
+    tokenizer = Tokenizer.load(locate("carat"))
+    text = "the sum of 4 and 5, <turn|> 😀 " * 20_000
+    took, stalls = [], []
+
+    def encode():
+        begin = time.perf_counter()
+        ids = tokenizer.encode(text)
+        took.append(time.perf_counter() - begin)
+        assert ids == tokenizer._core.encode(text).ids
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not took:
+        begin = time.perf_counter()
+        time.sleep(0.001)
+        stalls.append(time.perf_counter() - begin)
+    thread.join()
+    assert max(stalls) < 0.5 * took[0], f"stood still for {max(stalls):.2f} of {took[0]:.2f} s"
 
 
 def test_bytes_of_tokens_join_to_the_text(folder):

@@ -7,7 +7,6 @@ that must run, over --flops. Experts are taken as chosen uniformly.
 import argparse
 import contextlib
 import math
-import sys
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,6 +20,7 @@ from gemcutter.spec import Kind, LayerSpec, ModelSpec
 
 CONTEXTS = (1024, 8192, 32_768, 131_072)
 BATCHES = (1, 8, 32, 128)
+WIDTH = 110  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     model = read_model(args)
     with blame_user(args.parser):
         spec = read_spec(locate(model, args.revision, weights=False))
-    # A file or a pipe has no width; rich would take 80 and cut the tables.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
+    console.width = max(console.width, WIDTH)
     parts = [_size(spec, model), _layers(spec), _memory(spec)]
     if args.memory:
         parts += _fit(spec, args.memory * 1e9)
