@@ -273,6 +273,20 @@ def test_admission_does_not_thrash():
     assert world.scheduler.stats().preemptions <= 6
 
 
+def test_a_newcomer_leaves_running_requests_their_next_pages():
+    """After step 3 just its 4 pages are free. Were it let in, the others would take them back in step 4."""
+    world = World(page_size=1, window=None, context=64, running=3, spare=0, chunk=64, step=64)
+    items = [request(f"r{i}", [i] * length, max_tokens=5, stop_ids=()) for i, length in enumerate((28, 28, 4))]
+    world.add(items[0])
+    world.add(items[1])
+    world.step()
+    world.step()
+    world.add(items[2])
+    world.run()
+    world.check(items)
+    assert world.scheduler.stats().preemptions == 0
+
+
 def test_abort_in_mid_prefill_frees_its_pages_and_keeps_its_prefix():
     world = World(chunk=8, step=8)
     world.add(request("a", list(range(20))))

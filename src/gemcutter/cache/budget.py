@@ -51,7 +51,7 @@ def size_cache(
     most_full = layout.num_pages(model_context)
     if max_total_tokens is not None:
         most_full = max_total_tokens // layout.page_size
-    budget -= sum(layout.page_bytes.values())  # the dumps
+    budget = max(0, budget - sum(layout.page_bytes.values()))  # the dumps
 
     def sliding_pages(context: int) -> int:
         alone = layout.one_request(context, chunk)[Kind.SLIDING]

@@ -169,6 +169,8 @@ class Scheduler:
         assert queued == self._live.keys(), f"queued {queued} != live {set(self._live)}"
         running = {sequence.id for sequence in self._running}
         assert running == self.ledger.holders, f"running {running} != holding pages {self.ledger.holders}"
+        started = [sequence for sequence in self._waiting if sequence.num_computed]
+        assert not started, f"waiting {started} have K/V but no pages"
         assert len(running) <= self._max_running, f"{len(running)} running > {self._max_running}"
         self.ledger.check_invariants()
 
