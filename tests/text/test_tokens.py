@@ -34,25 +34,18 @@ def test_agrees_with_autotokenizer(model, text):
 
 
 def test_long_texts_do_not_hold_up_other_threads():
-    """Both ways of encoding agree, and the one for long texts leaves Python's lock to others meanwhile."""
     tokenizer = Tokenizer.load(locate("carat"))
-    text = "the sum of 4 and 5, <turn|> 😀 " * 20_000
-    took, stalls = [], []
-
-    def encode():
-        begin = time.perf_counter()
-        ids = tokenizer.encode(text)
-        took.append(time.perf_counter() - begin)
-        assert ids == tokenizer._core.encode(text).ids
-
-    thread = threading.Thread(target=encode)
+    text = "the sum of 4 and 5, <turn|> 😀 " * 20_000  # 0.2 s
+    ids: list[list[int]] = []
+    thread = threading.Thread(target=lambda: ids.append(tokenizer.encode(text)))
     thread.start()
-    while not took:
-        begin = time.perf_counter()
+    naps = 0
+    while not ids:
         time.sleep(0.001)
-        stalls.append(time.perf_counter() - begin)
+        naps += 1
     thread.join()
-    assert max(stalls) < 0.5 * took[0], f"stood still for {max(stalls):.2f} of {took[0]:.2f} s"
+    assert naps > 10, "encoding kept Python's lock"
+    assert ids[0] == AutoTokenizer.from_pretrained(locate("carat"))(text)["input_ids"]
 
 
 def test_bytes_of_tokens_join_to_the_text(folder):

@@ -5,7 +5,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 BYTES_OF_PIECE = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}  # Gemma's pieces for single bytes
-LONG_TEXT = 10_000  # characters; about 10 ms
 
 
 class Tokenizer:
