@@ -99,7 +99,7 @@ def test_route_is_hf(rows, dtype):
     module, w, eps = router(dtype)
     x = randn(rows, 256, dtype=dtype, scale=4)
     _, weights, ids = module(x)
-    got_ids, got_weights = route(x, w, 8, eps)
+    got_ids, got_weights = route(x, w.router, w.router_scale, w.per_expert_scale, 8, eps)
     assert torch.equal(got_ids, ids) and torch.equal(got_weights, weights)
     assert got_weights.dtype == torch.float32 and got_ids.dtype == torch.int64
 
@@ -155,7 +155,7 @@ def test_gpu_route_chooses_the_lowest_of_tied_experts():
     w.router[1::2] = w.router[0::2]  # every logit twice: an odd number of places cuts pairs apart
     w.router[96:] = w.router[95]
     x = randn(64, 256, dtype=torch.bfloat16, scale=4, device="cuda")
-    ids, weights = route(x, w, 7, eps)
+    ids, weights = route(x, w.router, w.router_scale, w.per_expert_scale, 7, eps)
     scores = F.linear(rms_norm(x, None, eps) * w.router_scale * 256**-0.5, w.router)
     want = torch.softmax(scores, -1, dtype=torch.float32).sort(dim=-1, descending=True, stable=True).indices[:, :7]
     assert torch.equal(ids.sort(-1).values, want.sort(-1).values)

@@ -60,13 +60,10 @@ class Gemma4:
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
         out = _mlp(rms_norm(hidden, w.pre_feedforward_norm, eps), w.gate_up, w.down)
         if w.experts is not None:
-            routed = experts(
-                rms_norm(hidden, w.experts.pre_norm, eps),
-                *route(hidden, w.experts, layer.experts.top_k, eps),
-                w.experts.gate_up,
-                w.experts.down,
-            )
-            out = rms_norm(out, w.experts.dense_post_norm, eps) + rms_norm(routed, w.experts.post_norm, eps)
+            e = w.experts
+            chosen = route(hidden, e.router, e.router_scale, e.per_expert_scale, layer.experts.top_k, eps)
+            routed = experts(rms_norm(hidden, e.pre_norm, eps), *chosen, e.gate_up, e.down)
+            out = rms_norm(out, e.dense_post_norm, eps) + rms_norm(routed, e.post_norm, eps)
         hidden = hidden + rms_norm(out, w.post_feedforward_norm, eps)
         # 3. Per-layer input
         if w.per_layer_input is not None:

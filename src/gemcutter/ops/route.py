@@ -11,34 +11,34 @@ them: on a GPU the lowest ids are chosen; on a CPU, where it is a partial quicks
 the row's own values alone but by no simple rule. So CPU and GPU may part on a tied token, as HF does.
 """
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 
 from gemcutter.ops.rms_norm import rms_norm
 
 
-class RouterWeights(Protocol):
-    """What route needs of `model.weights.ExpertWeights`."""
-
-    router: torch.Tensor  # [E, H]
-    router_scale: torch.Tensor  # [H]
-    per_expert_scale: torch.Tensor  # [E]
-
-
-def route(x: torch.Tensor, w: RouterWeights, top_k: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    scale: torch.Tensor,
+    per_expert_scale: torch.Tensor,
+    top_k: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts.
 
     Args:
         x: [T, H] residual, un-normed, of the model's dtype.
+        router: [E, H] projection.
+        scale: [H], before the projection.
+        per_expert_scale: [E], on the weights.
 
     Returns:
         ids: [T, top_k] int64, distinct within a row, by descending probability.
         weights: [T, top_k] float32.
     """
-    normed = rms_norm(x, None, eps) * w.router_scale * x.shape[-1] ** -0.5
-    probabilities = torch.softmax(F.linear(normed, w.router), -1, dtype=torch.float32)
+    normed = rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5
+    probabilities = torch.softmax(F.linear(normed, router), -1, dtype=torch.float32)
     weights, ids = torch.topk(probabilities, top_k, -1)
     weights /= weights.sum(-1, keepdim=True)
-    return ids, weights * w.per_expert_scale[ids]
+    return ids, weights * per_expert_scale[ids]
