@@ -8,9 +8,15 @@ def option(default, help: str, group: str = "engine", choices: tuple[str, ...] |
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})
 
 
+_COUNTS = (
+    "context_length", "max_total_tokens", "chunked_prefill_size", "max_prefill_tokens", "max_running_requests",
+    "max_body_bytes", "max_queued_requests",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """`None` and "auto" are resolved once, at start, into a new object (`run/start.py`).
+    """`None` and "auto" are resolved once, at start, into a new object (`Engine.start`).
 
     Fields of group "engine" configure any use; fields of group "server" only `gemcutter serve`.
     """
@@ -29,9 +35,13 @@ class EngineConfig:
         choices=("auto", "safetensors", "dummy"),
     )
     tensor_parallel_size: int = option(1, "GPUs that share the model; only 1 so far")
-    context_length: int | None = option(None, "tokens of prompt and answer; default: the model's, if the cache holds it")
+    context_length: int | None = option(
+        None, "tokens of prompt and answer together; default: the model's, if the cache holds it"
+    )
     mem_fraction_static: float = option(0.88, "share of the device's memory for weights and KV cache (GPU)")
-    max_total_tokens: int | None = option(None, "tokens the full-attention cache holds; default: what memory allows")
+    max_total_tokens: int | None = option(
+        None, "tokens the full-attention cache holds; default: what memory allows"
+    )
     page_size: int = option(16, "tokens per KV page; a power of two")
     chunked_prefill_size: int = option(2048, "tokens of one prompt prefilled in one step")
     max_prefill_tokens: int = option(8192, "prompt tokens of all requests prefilled in one step")
@@ -49,22 +59,19 @@ class EngineConfig:
     max_queued_requests: int = option(4096, "requests waiting or running; more gets 503", "server")
 
     def __post_init__(self) -> None:
-        def require(good: bool, what: str) -> None:
+        def require(good: bool, name: str, what: str) -> None:
             if not good:
-                raise ValueError(what)
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
-        require(self.tensor_parallel_size == 1, f"tensor_parallel_size must be 1 so far, got {self.tensor_parallel_size}")
-        require(0.0 < self.mem_fraction_static < 1.0, f"mem_fraction_static must be in (0, 1), got {self.mem_fraction_static}")
-        require(
-            8 <= self.page_size <= 256 and self.page_size & (self.page_size - 1) == 0,
-            f"page_size must be a power of two from 8 to 256, got {self.page_size}",
-        )
-        for name in ("context_length", "max_total_tokens", "chunked_prefill_size", "max_prefill_tokens",
-                     "max_running_requests", "max_body_bytes", "max_queued_requests"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        require(self.cuda_graph_max_bs is None or self.cuda_graph_max_bs >= 0, "cuda_graph_max_bs must not be negative")
-        require(0 <= self.port <= 65535, f"port must be in [0, 65535], got {self.port}")
         for name, spec in self.__dataclass_fields__.items():
             choices = spec.metadata["choices"]
-            require(choices is None or getattr(self, name) in choices, f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            require(choices is None or getattr(self, name) in choices, name, f"one of {choices}")
+        require(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 so far")
+        require(0.0 < self.mem_fraction_static < 1.0, "mem_fraction_static", "between 0 and 1")
+        power = self.page_size & (self.page_size - 1) == 0
+        require(power and 8 <= self.page_size <= 256, "page_size", "a power of two from 8 to 256")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1")
+        require(self.cuda_graph_max_bs is None or self.cuda_graph_max_bs >= 0, "cuda_graph_max_bs", "at least 0")
+        require(0 <= self.port <= 65535, "port", "in [0, 65535]")

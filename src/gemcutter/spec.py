@@ -6,10 +6,10 @@ and the loader hold one code path each. No torch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """A layer's attention kind, which is also the kind of its KV pages."""
 
     SLIDING = "sliding"  # a query sees itself and the window - 1 tokens before it

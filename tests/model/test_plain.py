@@ -1,4 +1,4 @@
-"""`model/plain.py` against HF's eager modules: all five kinds, float32 and bf16, token by token and layer by layer."""
+"""`model/plain.py` against HF's eager modules: all five kinds, float32 and bf16, layer by layer."""
 
 import pytest
 import tiny_models
