@@ -1,6 +1,8 @@
-"""One thread for every test: PyTorch cuts a CPU tensor among its threads, and where a cut leaves a piece that does not
-fill the vector unit, gelu and tanh take other bits there (1 of 19008 bf16 values at two threads). Bits that are compared
-must not depend on how many cores the machine has.
+"""One thread for every test.
+
+PyTorch cuts a CPU tensor among its threads, and where a cut leaves a piece that does not fill the vector unit, gelu
+and tanh take other bits there (one of 19008 bf16 values at two threads). What is compared bit by bit must not
+depend on how many cores a machine has.
 """
 
 import pytest

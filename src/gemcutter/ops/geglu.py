@@ -1,8 +1,9 @@
 """GeGLU: gelu_tanh(gate) * up.
 
 The gelu is rounded to the dtype before the product, and the product again.
-Source: HF `Gemma4TextMLP` (`gelu_pytorch_tanh`, not the erf GELU); on a CPU the bits are its bits where I is a
-multiple of the vector width (32 does, and holds for every Gemma 4): PyTorch's scalar tail has another tanh.
+Source: HF `Gemma4TextMLP` (`gelu_pytorch_tanh`, not the erf GELU); on a CPU the bits are its bits on one thread and
+where I is a multiple of the vector width (32 does, and holds for every Gemma 4): PyTorch's scalar tail has another
+tanh, and several threads cut rows of this strided view where they do not cut HF's dense one.
 """
 
 import torch
