@@ -1,9 +1,10 @@
 """The problems carat is trained and tested on, split so that they never meet.
 
 The split is a property of a problem, not of a seed. A calculation too large
-to know by heart (`Step.by_heart`) is *held out* when its hash says so, and a
-problem is held out when any of its calculations is: no training text states
-or works such a calculation, under any wording. Problems that rest only on
+to know by heart (`Step.by_heart`) is *held out* when its hash says so, and
+training leaves out every problem that contains one, under any wording. The
+held-out problems are those whose last question needs such a calculation, so
+that it can only be got right by working it out. Problems that rest entirely on
 facts known by heart are split on the hash of their wording instead.
 
     from problems import held_out, extract_answer
@@ -22,8 +23,9 @@ from chats import turns
 from exercise import Exercise, extract_answer
 from stories import story
 from sums import comparison, difference, plain_sum, product, quotient, remainder, total
+from working import CARRIES
 
-__all__ = ["KINDS", "Problem", "extract_answer", "held_out", "is_held_out", "problem"]
+__all__ = ["KINDS", "Problem", "extract_answer", "held_out", "is_held_out", "problem", "training", "unseen"]
 
 ONE_IN = 8
 HELD_OUT_SEED = 4_000_000_007
@@ -75,16 +77,22 @@ def problem(rng: Random, kind: str | None = None) -> Problem:
 
 
 def is_held_out(problem: Problem) -> bool:
-    """Which side of the split a problem belongs to."""
+    """Whether training leaves the problem out."""
     facts = [fact for exercise in problem.exercises for fact in exercise.facts]
     return any(map(_chosen, facts or [problem.text]))
+
+
+def unseen(problem: Problem) -> list[str]:
+    """Calculations that the last question needs and that no training text writes."""
+    return [fact for fact in problem.exercises[-1].facts if _chosen(fact) and fact not in CARRIES]
 
 
 def held_out(n: int, kind: str | None = None, seed: int = HELD_OUT_SEED) -> list[Problem]:
     """The first n different held-out problems, of one kind or of all in proportion."""
     found: dict[str, Problem] = {}
     for drawn in _stream(seed, kind):
-        if is_held_out(drawn):
+        known_by_heart = not any(exercise.facts for exercise in drawn.exercises)
+        if unseen(drawn) or (known_by_heart and is_held_out(drawn)):
             found.setdefault(drawn.text, drawn)
         if len(found) == n:
             return list(found.values())

@@ -39,8 +39,8 @@ BOS = tokenizer.CONTROL["<bos>"]
 def all_experts(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Run every expert on every token and weight the unchosen ones zero.
 
-    At these sizes two plain GEMMs beat sorting tokens by expert, and nothing
-    is scattered, so the backward pass is deterministic.
+    Experts this small cost little to run in vain, as two plain GEMMs; and as
+    nothing is gathered or scattered, the backward pass is deterministic.
     """
     chosen = F.one_hot(index, self.num_experts)  # [tokens, k, experts]
     share = (chosen * weights[..., None]).sum(1)  # [tokens, experts] float32

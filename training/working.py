@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 PLUS, MINUS, TIMES, OVER = "+", "-", "×", "÷"
 
+# Sums too large to know by heart that short multiplication writes all the same, as it adds its carries.
+CARRIES = frozenset(
+    f"{carry}+{factor * digit}" for factor in range(2, 11) for digit in range(10) for carry in range(1, factor)
+)
+
 
 @dataclass(frozen=True)
 class Step:
