@@ -127,7 +127,7 @@ async def _wait(future: asyncio.Future) -> None:
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol said outright: asyncio turns Nagle's delay off only where it reads IPPROTO_TCP, and without that a
+    # The protocol said outright: asyncio turns Nagle's delay off only where it reads IPPROTO_TCP; without that a
     # stream's first chunk waits 40 ms for the acknowledgement of its headers.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
