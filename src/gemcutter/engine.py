@@ -18,6 +18,7 @@ from gemcutter.run.build import StepBuilder
 from gemcutter.run.device import kv_byte_budget, resolve_device
 from gemcutter.run.graphs import DecodeGraphs
 from gemcutter.run.runner import Runner
+from gemcutter.run.warm import warm_up
 from gemcutter.schedule.planner import Scheduler
 from gemcutter.schedule.request import Request, Stats, Update
 from gemcutter.spec import ModelSpec
@@ -46,12 +47,7 @@ class Engine:
         folder = locate(config.model_path, config.revision)
         spec = read_spec(folder)
         device = resolve_device(config.device)
-        config = dataclasses.replace(
-            config,
-            device=str(device),
-            dtype=spec.dtype if config.dtype == "auto" else config.dtype,
-            max_running_requests=config.max_running_requests or MAX_RUNNING[device.type],
-        )
+        config = _resolved(config, spec, device)
         dtype = getattr(torch, config.dtype)
         weights = load(spec, folder, device, dtype, config.load_format, config.random_seed)
         layout = CacheLayout.of(spec, config.page_size, dtype.itemsize)
@@ -79,11 +75,12 @@ class Engine:
         )
         model = Gemma4(spec, weights, size.context_length)
         graphs = None
-        if device.type == "cuda" and not config.disable_cuda_graph and config.cuda_graph_max_bs != 0:
-            largest = min(config.cuda_graph_max_bs or config.max_running_requests, config.max_running_requests)
-            graphs = DecodeGraphs(
-                model, pool, largest, size.context_length, config.page_size, sys.stderr.isatty()
-            )
+        if device.type == "cuda":
+            progress = sys.stderr.isatty()
+            longest = min(config.max_prefill_tokens, size.context_length)
+            warm_up(model, pool, longest, config.page_size, progress)
+            if largest := config.cuda_graph_max_bs:
+                graphs = DecodeGraphs(model, pool, largest, size.context_length, config.page_size, progress)
         builder = StepBuilder(layout.kinds, config.page_size, device)
         suppress = read_generation_config(folder).get("suppress_tokens") or []
         runner = Runner(model, pool, builder, graphs, suppress)
@@ -151,3 +148,16 @@ class Engine:
     def check_invariants(self) -> None:
         """Assert that the books of pages and the order of service hold."""
         self._scheduler.check_invariants()
+
+
+def _resolved(config: EngineConfig, spec: ModelSpec, device: torch.device) -> EngineConfig:
+    """Without "auto", and with numbers where the user left the choice to us; the cache decides the context later."""
+    running = config.max_running_requests or MAX_RUNNING[device.type]
+    largest = running if config.cuda_graph_max_bs is None else min(config.cuda_graph_max_bs, running)
+    return dataclasses.replace(
+        config,
+        device=str(device),
+        dtype=spec.dtype if config.dtype == "auto" else config.dtype,
+        max_running_requests=running,
+        cuda_graph_max_bs=0 if config.disable_cuda_graph or device.type == "cpu" else largest,
+    )

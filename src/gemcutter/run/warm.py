@@ -1,0 +1,37 @@
+"""Warm-up: compile every kernel variant at start, not under the first request (which waited 0.5 s for it)."""
+
+import torch
+from rich.progress import track
+
+from gemcutter.batch import KindBatch, StepBatch
+from gemcutter.cache.pool import KVPool
+from gemcutter.model.gemma4 import Gemma4
+
+
+@torch.inference_mode()
+def warm_up(model: Gemma4, pool: KVPool, max_tokens: int, page_size: int, progress: bool) -> None:
+    """Prefill made-up prompts of 2, 4, 8 … tokens up to `max_tokens`; kernels choose their tiles by such buckets.
+
+    The prompts live in page 0, which belongs to nobody.
+    """
+    sizes = [2**i for i in range(1, max_tokens.bit_length())]
+    for size in track(sizes, "Compiling kernels", disable=not progress, transient=True):
+        model.forward(_prompt(model, size, page_size), pool)
+    torch.cuda.synchronize(model.weights.embed.device)
+
+
+def _prompt(model: Gemma4, size: int, page_size: int) -> StepBatch:
+    device = model.weights.embed.device
+    zeros = torch.zeros(size, dtype=torch.int64, device=device)
+    where = KindBatch(pages=torch.zeros(1, -(-size // page_size), dtype=torch.int32, device=device), slots=zeros)
+    return StepBatch(
+        token_ids=zeros,
+        positions=torch.arange(size, device=device),
+        query_start=torch.tensor([0, size], dtype=torch.int32, device=device),
+        kv_len=torch.tensor([size], dtype=torch.int32, device=device),
+        logit_rows=zeros[:1],
+        kinds={layer.kind: where for layer in model.spec.layers},
+        num_decodes=0,
+        max_query_len=size,
+        max_kv_len=size,
+    )
