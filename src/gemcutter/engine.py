@@ -151,7 +151,7 @@ class Engine:
 
 
 def _resolved(config: EngineConfig, spec: ModelSpec, device: torch.device) -> EngineConfig:
-    """Without "auto", and with numbers where the user left the choice to us; the cache decides the context later."""
+    """Without "auto", and with numbers where the user left the choice; the cache decides the context later."""
     running = config.max_running_requests or MAX_RUNNING[device.type]
     largest = running if config.cuda_graph_max_bs is None else min(config.cuda_graph_max_bs, running)
     return dataclasses.replace(
