@@ -40,6 +40,9 @@ def test_equals_loops(seed):
 
 def check(batch, plan, ledger, pad_to) -> None:
     padding = max(0, pad_to - len(plan.chunks))
+    tensors = [batch.token_ids, batch.positions, batch.query_start, batch.kv_len, batch.logit_rows]
+    tensors += [tensor for where in batch.kinds.values() for tensor in (where.pages, where.slots)]
+    assert all(x.storage_offset() * x.itemsize % 16 == 0 and x.is_contiguous() for x in tensors)
     tokens, positions, sampled = [], [], []
     slots = {kind: [] for kind in batch.kinds}
     for i, chunk in enumerate(plan.chunks):
