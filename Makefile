@@ -1,5 +1,5 @@
 # make demo   set up, then stream an answer of the default model
-# make test   set up, then run the tests (quick ones; test-all adds the slow ones, test-gpu those for a GPU)
+# make test   set up, then run the quick tests, on the GPU too where there is one (test-all adds the slow ones)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,19 +8,16 @@ BIN    := $(VENV)/bin
 # Without a GPU one pinned torch is enough and every other package accepts it; with one, the newest that fits.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11,<2.14" || echo "torch==2.13.0")
 
-.PHONY: demo test test-all test-gpu lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/ready
-	$(BIN)/gemcutter generate "Mia has 14 marbles. She buys 3 bags with 6 marbles each. How many marbles does she have now?"
+	$(BIN)/gemcutter generate "A box holds 12 pencils. Mia buys 4 boxes and gives 15 pencils to Tom. How many pencils does she have left?"
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/ready lint
-	$(BIN)/python -m pytest -m "not gpu"
-
-test-gpu: $(VENV)/ready
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

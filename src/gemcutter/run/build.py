@@ -10,7 +10,6 @@ from gemcutter.cache.ledger import Ledger
 from gemcutter.schedule.plan import Plan
 from gemcutter.spec import Kind
 
-
 ALIGN = 4  # elements: 16 bytes of int32, 32 of int64
 
 
