@@ -50,7 +50,7 @@ def by_hf(args: dict) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor |
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_reference_has_hfs_bits(name, dtype):
+def test_reference_has_hfs_bits(name, dtype, hf_sums_as_we_do):
     args = make_store(*SHAPES[name], num_tokens=13, page_size=16, dtype=dtype)
     q = qkv_rope_store(**args)
     want_q, want_k, want_v = by_hf(args)

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.mean_square import mean_square_of_halves
+from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.spec import LayerSpec
 
 
@@ -80,16 +82,9 @@ def qkv_rope_store_reference(
         k, v = kv[:, :num_kv_heads], kv[:, -num_kv_heads:]  # the same heads where K = V
         page_size = k_cache.shape[2]
         page, offset = slots // page_size, slots % page_size
-        k_cache[page, :, offset] = _rotate(_norm(k, k_norm, eps), cos, sin)
-        v_cache[page, :, offset] = _norm(v, None, eps)
-    return _rotate(_norm(q, q_norm, eps), cos, sin)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dim, spelled as `Gemma4RMSNorm`."""
-    wide = x.float()
-    wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
-    return (wide if weight is None else wide * weight.float()).to(x.dtype)
+        k_cache[page, :, offset] = _rotate(rms_norm_reference(k, k_norm, eps), cos, sin)
+        v_cache[page, :, offset] = rms_norm_reference(v, None, eps)
+    return _rotate(rms_norm_reference(q, q_norm, eps), cos, sin)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -104,8 +99,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 @triton.jit
 def _rms_scale(low, high, eps, D: tl.constexpr):
-    mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) * (1.0 / D)  # exact: D is a power of two
-    return tl.rsqrt(mean + eps)[:, None]  # torch's pow(-0.5) is rsqrt too, on CPU and GPU
+    return tl.rsqrt(mean_square_of_halves(low, high, D) + eps)  # torch's pow(-0.5) is rsqrt too, on CPU and GPU
 
 
 @triton.jit

@@ -1,12 +1,14 @@
 """RMSNorm over the last dim, with or without weight.
 
 y = x * (mean(x^2) + eps)^-0.5 * w in float, rounded once at the end. The weight is w, not 1 + w.
-Source: HF `Gemma4RMSNorm`; on a CPU the bits are its bits.
+Source: HF `Gemma4RMSNorm`, but for the order in which the squares are summed (`mean_square.py`).
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from gemcutter.ops.mean_square import mean_square, mean_square_reference
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -26,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     wide = x.float()
-    wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + eps, -0.5)
+    wide = wide * torch.pow(mean_square_reference(wide) + eps, -0.5)
     if weight is not None:
         wide = wide * weight.float()
     return wide.to(x.dtype)
@@ -38,12 +40,11 @@ def _rms_norm_kernel(
     H: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
+    col = tl.arange(0, BLOCK)[None, :]
     inside = col < H
     start = x_ptr + row // inner * outer_stride + row % inner * inner_stride
     x = tl.load(start + col, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x * x, axis=0) / H
-    y = x * tl.rsqrt(mean + eps)
+    y = x * tl.rsqrt(mean_square(x, H) + eps)
     if WEIGHTED:
         y = y * tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * H + col, y.to(y_ptr.dtype.element_ty), mask=inside)
