@@ -62,14 +62,25 @@ def test_dummy_needs_only_the_config(tmp_path):
         load(spec, folder, CPU, torch.bfloat16, "auto", 0)
 
 
-def test_out_of_memory_says_how_much_is_needed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", [40 * 2**30, 60 * 2**30], ids=["known at once", "found out"])
+def test_out_of_memory_says_how_much_is_needed(memory, tmp_path, monkeypatch):
     def fail(*args):
+        assert memory > 47 * 2**30, "tried what cannot fit"
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr("gemcutter.checkpoint.load._memory", lambda device: memory)
     monkeypatch.setattr("gemcutter.checkpoint.load.dummy_weights", fail)
     spec = read_spec(write(tmp_path, RELEASED["26B-A4B"]))
     with pytest.raises(CheckpointError, match=r"need 47.0 GiB in torch.bfloat16, more than cpu has free"):
         load(spec, tmp_path, CPU, torch.bfloat16, "dummy", 0)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_model_beyond_any_memory_is_refused(load_format, tmp_path):
+    huge = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}
+    spec = read_spec(write(tmp_path, COMMON | tiny_models.KINDS["dense"] | huge))
+    with pytest.raises(CheckpointError, match="more than cpu has free"):
+        load(spec, tmp_path, CPU, torch.float32, load_format, 0)
 
 
 @pytest.mark.gpu

@@ -99,6 +99,7 @@ RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
         (errors.OfflineModeIsEnabled("offline"), "not in the local hub cache"),
         (errors.HfHubHTTPError("500", response=RESPONSE), "fetching it failed: 500"),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (httpx.RemoteProtocolError("peer closed connection"), "failed: peer closed connection"),  # no OSError
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )

@@ -68,7 +68,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
             f"{at} is neither a local folder nor a checkpoint on the hub; "
             "check the spelling, or run 'hf auth login' if it is private"
         ) from error
-    except OSError as error:  # the hub client's network errors are OSErrors too
+    except Exception as error:  # a connection that breaks is no OSError; its class depends on the client's version
         raise CheckpointError(
             f"{at} is not in the local hub cache, and fetching it failed: {error}. "
             "Check the network and the disk, or give a local folder"

@@ -1,5 +1,6 @@
 """Weights from a checkpoint's safetensors files: checked against the table first, then streamed to the device."""
 
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.checkpoint.files import CheckpointError, shards
 from gemcutter.checkpoint.table import HEAD, NESTED, TEXT_ONLY, empty_weights, is_ignored, pieces
+from gemcutter.model.cost import parameters
 from gemcutter.model.weights import Weights
 from gemcutter.spec import ModelSpec
 
@@ -34,17 +36,27 @@ def load(
     Raises:
         CheckpointError: the files are damaged or do not hold exactly this model, or it does not fit the device.
     """
+    needed = parameters(spec) * dtype.itemsize
+    too_large = (
+        f"the weights need {needed / 2**30:.1f} GiB in {dtype}, more than {device} has free; "
+        "free the device, or take a smaller model or dtype"
+    )
+    if needed > _memory(device):  # asked first: where host memory runs out the kernel kills, and says nothing
+        raise CheckpointError(too_large)
     try:
         if load_format == "dummy":
             return dummy_weights(spec, device, dtype, seed)
         assert load_format in ("auto", "safetensors"), f"unknown load_format {load_format!r}"
         return load_weights(spec, folder, device, dtype)
     except torch.OutOfMemoryError as error:
-        needed = sum(view.numel() for view in _table(spec, TEXT_ONLY).values()) * dtype.itemsize
-        raise CheckpointError(
-            f"the weights need {needed / 2**30:.1f} GiB in {dtype}, more than {device} has free; "
-            "free the device, or take a smaller model or dtype"
-        ) from error
+        raise CheckpointError(too_large) from error
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of a device, free or not: what the page cache holds counts as used, but gives way."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.mem_get_info(device)[1]
 
 
 def load_weights(
