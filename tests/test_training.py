@@ -5,13 +5,15 @@ from itertools import islice
 from random import Random
 
 import pytest
+import shapes
 from corpus import CALCULATOR, SAID, Writer, pack
 from exercise import extract_answer
 from problems import KINDS, held_out, is_held_out, problem, training, unseen
+from tokenizer import TEMPLATE
 from transformers import AutoTokenizer
 from working import add, divide, multiply, subtract
 
-from gemcutter.checkpoint.files import locate
+from gemcutter.checkpoint.files import BUILT_IN, locate
 
 # A calculation of two numbers, not a part of one of three such as 15 - 5 - 1.
 WRITTEN = re.compile(r"(?<![+×÷-] )\b(\d+) ([+×÷-]) (\d+)\b(?! [+×÷-])")
@@ -49,6 +51,11 @@ def test_held_out_problems_repeat_themselves():
     assert len({p.text for p in held_out(500, "plain")}) == 500
 
 
+def test_more_problems_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="remainder has only .* held-out problems, asked for 10000"):
+        held_out(10_000, "remainder")
+
+
 def test_no_training_text_writes_a_held_out_calculation():
     asked = {fact for drawn in held_out(2000) for fact in unseen(drawn)}
     met = set()
@@ -77,6 +84,14 @@ def test_a_model_learns_only_what_it_says(tokenizer):
         assert "So " not in unsaid or "<|think|>" in unsaid
     rows = pack(chats)
     assert int((rows > 0).sum()) == sum(map(len, chats))
+
+
+@pytest.mark.parametrize("model", BUILT_IN)
+def test_shipped_configs_and_templates_are_those_of_training(model, tmp_path):
+    shapes.save(model, tmp_path)
+    (tmp_path / TEMPLATE.name).write_bytes(TEMPLATE.read_bytes())
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (locate(model) / path.name).read_bytes(), path.name
 
 
 def test_the_template_declares_calls_and_answers_tools(tokenizer):

@@ -29,6 +29,7 @@ __all__ = ["KINDS", "Problem", "extract_answer", "held_out", "is_held_out", "pro
 
 ONE_IN = 8
 HELD_OUT_SEED = 4_000_000_007
+EXHAUSTED = 200_000  # draws without a new problem
 
 _BARE = {
     "plain": plain_sum,
@@ -88,14 +89,23 @@ def unseen(problem: Problem) -> list[str]:
 
 
 def held_out(n: int, kind: str | None = None, seed: int = HELD_OUT_SEED) -> list[Problem]:
-    """The first n different held-out problems, of one kind or of all in proportion."""
+    """The first n different held-out problems, of one kind or of all in proportion.
+
+    Raises:
+        ValueError: there are fewer; of plain sums, for one, there are 1274.
+    """
     found: dict[str, Problem] = {}
+    idle = 0
     for drawn in _stream(seed, kind):
         known_by_heart = not any(exercise.facts for exercise in drawn.exercises)
-        if unseen(drawn) or (known_by_heart and is_held_out(drawn)):
-            found.setdefault(drawn.text, drawn)
+        idle += 1
+        if (unseen(drawn) or (known_by_heart and is_held_out(drawn))) and drawn.text not in found:
+            found[drawn.text] = drawn
+            idle = 0
         if len(found) == n:
             return list(found.values())
+        if idle == EXHAUSTED:
+            raise ValueError(f"{kind} has only {len(found)} held-out problems, asked for {n}; ask for fewer")
 
 
 def training(seed: int) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import released
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,42 +19,8 @@ from gemcutter.checkpoint.files import CheckpointError
 from gemcutter.spec import ExpertSpec, Kind, ModelSpec
 
 S, F = "sliding_attention", "full_attention"
-FIVE_ONE = [S] * 5 + [F]
 COMMON = {"model_type": "gemma4_text", "dtype": "bfloat16", "final_logit_softcapping": 30.0}
-LARGE = {"sliding_window": 1024, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
-LARGE |= {"use_bidirectional_attention": "vision", "max_position_embeddings": 262144}
-RELEASED = {
-    "E2B": COMMON
-    | {"hidden_size": 1536, "num_hidden_layers": 35, "layer_types": ([S] * 4 + [F]) * 7, "num_attention_heads": 8}
-    | {
-        "num_key_value_heads": 1,
-        "intermediate_size": 6144,
-        "use_double_wide_mlp": True,
-        "num_kv_shared_layers": 20,
-    },
-    "E4B": COMMON
-    | {"hidden_size": 2560, "num_hidden_layers": 42, "layer_types": FIVE_ONE * 7, "num_attention_heads": 8}
-    | {"num_key_value_heads": 2, "intermediate_size": 10240, "num_kv_shared_layers": 18},
-    "12B": COMMON
-    | LARGE
-    | {
-        "model_type": "gemma4_unified_text",
-        "hidden_size": 3840,
-        "num_hidden_layers": 48,
-        "layer_types": FIVE_ONE * 8,
-    }
-    | {"num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1}
-    | {"intermediate_size": 15360},
-    "26B-A4B": COMMON
-    | LARGE
-    | {"hidden_size": 2816, "num_hidden_layers": 30, "layer_types": FIVE_ONE * 5, "num_attention_heads": 16}
-    | {"num_key_value_heads": 8, "num_global_key_value_heads": 2, "intermediate_size": 2112, "num_experts": 128}
-    | {"enable_moe_block": True, "top_k_experts": 8, "moe_intermediate_size": 704},
-    "31B": COMMON
-    | LARGE
-    | {"hidden_size": 5376, "num_hidden_layers": 60, "layer_types": FIVE_ONE * 10, "num_attention_heads": 32}
-    | {"num_key_value_heads": 16, "num_global_key_value_heads": 4, "intermediate_size": 21504},
-}
+RELEASED = {name: released.config(name)["text_config"] for name in released.NAMES}
 
 
 def write(folder, config, generation=None):
@@ -209,7 +176,7 @@ def test_defaults_are_hfs(model_type, tmp_path):
 
 
 def test_owners_and_widths_of_e2b(tmp_path):
-    layers = read_spec(write(tmp_path, RELEASED["E2B"])).layers
+    layers = read_spec(write(tmp_path, RELEASED["e2b"])).layers
     assert [layer.kv_owner for layer in layers] == [*range(15), *([13, 13, 13, 13, 14] * 4)]
     assert [layer.mlp_width for layer in layers] == [6144] * 15 + [12288] * 20
     assert layers[34].rope.angles == 64 and layers[34].head_dim == 512 and layers[33].rope.angles == 128
@@ -357,7 +324,7 @@ def test_nested_refusals(changes, named, tmp_path):
 def test_unified_has_no_experts_and_no_per_layer_inputs(tmp_path):
     for changes in ({"enable_moe_block": True}, {"hidden_size_per_layer_input": 256}):
         with pytest.raises(CheckpointError, match="gemma4_unified_text has neither"):
-            read_spec(write(tmp_path, RELEASED["12B"] | changes))
+            read_spec(write(tmp_path, RELEASED["12b"] | changes))
 
 
 def test_modelopt_side_file_is_refused(tmp_path):

@@ -70,7 +70,7 @@ def test_out_of_memory_says_how_much_is_needed(memory, tmp_path, monkeypatch):
 
     monkeypatch.setattr("gemcutter.checkpoint.load._memory", lambda device: memory)
     monkeypatch.setattr("gemcutter.checkpoint.load.dummy_weights", fail)
-    spec = read_spec(write(tmp_path, RELEASED["26B-A4B"]))
+    spec = read_spec(write(tmp_path, RELEASED["26b"]))
     with pytest.raises(CheckpointError, match=r"need 47.0 GiB in torch.bfloat16, more than cpu has free"):
         load(spec, tmp_path, CPU, torch.bfloat16, "dummy", 0)
 
@@ -85,7 +85,7 @@ def test_a_model_beyond_any_memory_is_refused(load_format, tmp_path):
 
 @pytest.mark.gpu
 def test_dummy_26b_is_quick_on_a_gpu(tmp_path):
-    spec = read_spec(write(tmp_path, RELEASED["26B-A4B"]))
+    spec = read_spec(write(tmp_path, RELEASED["26b"]))
     device = torch.device("cuda")
     torch.zeros(1, device=device)
     started = time.perf_counter()

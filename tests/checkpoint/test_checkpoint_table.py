@@ -20,13 +20,13 @@ def table(spec, prefix, device="meta"):
 def test_names_and_shapes_of_released_models_are_hfs(name, prefix, tmp_path):
     config = RELEASED[name]
     with torch.device("meta"):
-        model = (Gemma4UnifiedTextModel if name == "12B" else Gemma4TextModel)(hf_config(config))
+        model = (Gemma4UnifiedTextModel if name == "12b" else Gemma4TextModel)(hf_config(config))
     ours = {key: tuple(view.shape) for key, view in table(read_spec(write(tmp_path, config)), prefix).items()}
     assert ours == {prefix + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 # Billions of parameters of the text models as published, which HF's classes do not decide
-@pytest.mark.parametrize("name, billions", [("12B", 11.9), ("26B-A4B", 25.2), ("31B", 30.7)])
+@pytest.mark.parametrize("name, billions", [("12b", 11.9), ("26b", 25.2), ("31b", 30.7)])
 def test_published_sizes(name, billions, tmp_path):
     views = table(read_spec(write(tmp_path, RELEASED[name])), TEXT_ONLY).values()
     assert sum(view.numel() for view in views) / 1e9 == pytest.approx(billions, abs=0.05)
