@@ -1,7 +1,8 @@
 """Gemma 4 in plain words: one sequence, no cache, no fusion. The oracle that the fused forward is held against.
 
 Every operation and every rounding is that of HF's `modeling_gemma4.py` with `attn_implementation="eager"` and
-`experts_implementation="eager"`: in bf16 each line below rounds its result once, except where it says float.
+`experts_implementation="eager"`: in bf16 each operation below rounds its result once, and what is computed in
+float32 says so, from `float()` to `to(dtype)`.
 Shapes: T tokens, H hidden, D head_dim, L layers, P per-layer embedding width, V vocab.
 """
 
@@ -102,7 +103,7 @@ def attention(
     if layer.owns_kv:
         k, v = kv[:, : layer.num_kv_heads], kv[:, -layer.num_kv_heads :]  # the same projection where K = V
         k = rotate(rms_norm(k, w.k_norm, spec.eps), cos, sin)
-        shared[layer.index] = k, rms_norm(v, None, spec.eps)
+        shared[layer.index] = k, rms_norm(v, None, spec.eps)  # V has no norm weight, and is not rotated
     group = layer.num_heads // layer.num_kv_heads
     k, v = (part.repeat_interleave(group, 1).transpose(0, 1) for part in shared[layer.kv_owner])
     scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2))
@@ -145,7 +146,7 @@ def router(spec: ModelSpec, experts: ExpertSpec, w: ExpertWeights, hidden: Tenso
     x = rms_norm(hidden, None, spec.eps) * w.router_scale * spec.hidden**-0.5
     probabilities = torch.softmax(F.linear(x, w.router), -1, dtype=torch.float32)
     top, ids = torch.topk(probabilities, experts.top_k, -1)
-    return ids, top / top.sum(-1, keepdim=True) * w.per_expert_scale[ids]
+    return ids, top / top.sum(-1, keepdim=True) * w.per_expert_scale[ids].float()
 
 
 def experts(x: Tensor, ids: Tensor, top: Tensor, w: ExpertWeights) -> Tensor:
@@ -154,7 +155,7 @@ def experts(x: Tensor, ids: Tensor, top: Tensor, w: ExpertWeights) -> Tensor:
     for expert in ids.unique().tolist():  # unique sorts
         token, slot = torch.where(ids == expert)
         y = mlp(x[token], w.gate_up[expert], w.down[expert])
-        out.index_add_(0, token, (y * top[token, slot, None]).to(x.dtype))
+        out.index_add_(0, token, (y.float() * top[token, slot, None]).to(x.dtype))
     return out
 
 
