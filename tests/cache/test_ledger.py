@@ -1,5 +1,7 @@
 """Ledger against brute force: every key that a query sees must hold exactly the content it should."""
 
+from array import array
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -26,13 +28,13 @@ class World:
         self.ledger = Ledger(layout, pages, max_sequences=6, context_length=context, reuse=reuse)
         self.memory = SlotMemory(layout, pages)
         self.computed: dict[str, int] = {}
-        self.tokens: dict[str, list[int]] = {}
+        self.tokens: dict[str, array] = {}
 
     def admit(self, seq_id: str, tokens: list[int], chunk: int = 1, reserve: dict | None = None) -> int | None:
-        chain = PrefixChain(tokens, self.ledger.layout.page_size)
+        chain = PrefixChain(array("i", tokens), self.ledger.layout.page_size)
         cached = self.ledger.admit(seq_id, chain, chunk, reserve or {})
         if cached is not None:
-            self.tokens[seq_id], self.computed[seq_id] = tokens, cached
+            self.tokens[seq_id], self.computed[seq_id] = chain.tokens, cached
         return cached
 
     def compute(self, seq_id: str, stop: int) -> bool:
@@ -101,7 +103,7 @@ class LedgerMachine(RuleBasedStateMachine):
         world = self.world
         seq_id = data.draw(st.sampled_from(sorted(world.tokens)))
         tokens = world.tokens[seq_id]
-        tokens += more[: 40 - len(tokens)]
+        tokens.extend(more[: 40 - len(tokens)])
         stop = min(len(tokens), world.computed[seq_id] + size)
         missing = world.ledger.missing(seq_id, stop)
         enough = all(book.available >= missing for book in world.ledger.books.values())
@@ -193,7 +195,7 @@ def test_two_running_sequences_share_full_and_sliding_pages():
     assert tables[SLIDING][0][:2] == [0, 0] and tables[SLIDING][1][0] == 0 != tables[SLIDING][1][1]
     assert w.compute("b", 14)
     w.release("a")
-    w.tokens["b"] += list(range(100, 120))
+    w.tokens["b"].extend(range(100, 120))
     for stop in range(15, 35):
         assert w.compute("b", stop)
         w.ledger.check_invariants()
@@ -222,7 +224,7 @@ def test_a_chain_is_evicted_from_its_tail():
         pages = [book.take() for _ in range(extra + gone)]
         for page in pages:
             book.drop(page)
-        chain = PrefixChain(list(range(17)), 4)
+        chain = PrefixChain(array("i", range(17)), 4)
         assert [book.find(chain.digest(j)) is not None for j in range(4)] == [j < 4 - gone for j in range(4)]
 
 

@@ -1,5 +1,6 @@
 """Scheduler under random loads on tiny pools, run against brute-force memory and a toy model."""
 
+import gc
 import random
 import zlib
 from collections import Counter
@@ -81,13 +82,13 @@ class World:
         work = [(c.sequence.id, c.sequence.tokens, c.start, c.stop) for c in plan.chunks]
         self.memory.step(self.ledger, work)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        tokens = [next_token(sequence.tokens, sequence.request.seed) for sequence in samplers]
+        tokens = [next_token(sequence.tokens, sequence.seed) for sequence in samplers]
         during(plan)
         for new in self.scheduler.commit(plan, tokens):
             assert samplers[new.row] is new.sequence and tokens[new.row] == new.token_id
             self.first_tokens.setdefault(new.sequence.id, self.steps)
             self.outputs[new.sequence.id].append(new.token_id)
-            assert new.sequence.output_ids == self.outputs[new.sequence.id]
+            assert new.sequence.output_ids.tolist() == self.outputs[new.sequence.id]
             if new.sequence.finish_reason is not None:
                 self.finished[new.sequence.id] = new.sequence.finish_reason
         self.scheduler.check_invariants()
@@ -344,6 +345,14 @@ def test_requests_that_can_never_run_are_refused():
     world.run()
     assert world.finished["a"] in ("length", "stop")
     world.add(request("a", [0]))
+
+
+def test_waiting_prompts_are_nothing_for_the_collector_to_walk():
+    world = World(context=20_000, running=1)
+    for i in range(3):
+        world.add(request(str(i), [7] * 12_345))
+    walked = [seen for seen in gc.get_objects() if type(seen) is list and len(seen) >= 12_345]
+    assert not [seen for seen in walked if seen[0] == 7]
 
 
 def test_stats():

@@ -13,8 +13,8 @@ class PrefixChain:
     even prompts made on purpose (2^128 attempts) can so reach another prompt's K/V.
     """
 
-    def __init__(self, tokens: list[int], page_size: int) -> None:
-        """`tokens` is kept, not copied: it may grow, but what it holds must not change."""
+    def __init__(self, tokens: array, page_size: int) -> None:
+        """`tokens`, of C ints, is kept, not copied: it may grow, but what it holds must not change."""
         self.tokens = tokens
         self._page_size = page_size
         self._digests: list[bytes] = []
@@ -24,7 +24,7 @@ class PrefixChain:
         digests = self._digests
         while len(digests) <= page:
             start = len(digests) * self._page_size
-            content = array("q", self.tokens[start : start + self._page_size])
+            content = self.tokens[start : start + self._page_size]
             assert len(content) == self._page_size, f"page {page} of {len(self.tokens)} tokens is not full"
             parent = digests[-1] if digests else b""
             digests.append(blake2b(parent + content.tobytes(), digest_size=DIGEST_BYTES).digest())

@@ -39,7 +39,7 @@ class StepBuilder:
         positions = np.arange(query_start[-1]) + (start - query_start[:-1])[sequence_of]
         tokens = np.zeros(query_start[-1], np.int64)
         for i, chunk in enumerate(chunks):
-            tokens[query_start[i] : query_start[i + 1]] = chunk.sequence.token_slice(chunk.start, chunk.stop)
+            tokens[query_start[i] : query_start[i + 1]] = chunk.sequence.tokens[chunk.start : chunk.stop]
         max_kv_len = int(stop.max())
         max_pages = -(-max_kv_len // self._page_size)
         pages, slots = {}, {}

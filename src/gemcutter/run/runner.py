@@ -57,13 +57,12 @@ class Runner:
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:
-    request = sequence.request
-    p = request.params
+    p = sequence.params
     penalised = p.repetition_penalty != 1.0 or p.frequency_penalty or p.presence_penalty
     return SampleRow(
         params=p,
-        seed=request.seed,
-        output_index=len(sequence.tokens) - len(request.prompt_ids),
-        prompt_ids=request.prompt_ids,
+        seed=sequence.seed,
+        output_index=len(sequence.tokens) - sequence.prompt_length,
+        prompt_ids=sequence.prompt_ids if p.repetition_penalty != 1.0 else (),
         output_ids=sequence.output_ids if penalised else (),
     )
