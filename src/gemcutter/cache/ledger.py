@@ -141,6 +141,10 @@ class Ledger:
         held = self._held[seq_id]
         return self._tables[kind][held.row, : held.num_pages]
 
+    def tables(self, seq_ids: list[str], kind: Kind, width: int) -> np.ndarray:
+        """[len(seq_ids), width] int32, a copy: page ids of logical pages 0 … width - 1; 0 where none is held."""
+        return self._tables[kind][[self._held[seq_id].row for seq_id in seq_ids], :width]
+
     def flush(self) -> None:
         """Forget all reusable prefixes. Running sequences keep their pages."""
         for book in self.books.values():

@@ -1,6 +1,8 @@
 """StepBuilder: a plan of one step, in plain ints, becomes the tensors the model reads."""
 
+from array import array
 from collections.abc import Sequence as Many
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -37,20 +39,21 @@ class StepBuilder:
         np.cumsum(query_len, out=query_start[1:])
         sequence_of = np.repeat(np.arange(rows), query_len)
         positions = np.arange(query_start[-1]) + (start - query_start[:-1])[sequence_of]
+        known = array("i")
+        for chunk in chunks:
+            known += chunk.sequence.tokens[chunk.start : chunk.stop]
         tokens = np.zeros(query_start[-1], np.int64)
-        for i, chunk in enumerate(chunks):
-            tokens[query_start[i] : query_start[i + 1]] = chunk.sequence.tokens[chunk.start : chunk.stop]
+        tokens[: len(known)] = known
         max_kv_len = int(stop.max())
         max_pages = -(-max_kv_len // self._page_size)
+        ids = [chunk.sequence.id for chunk in chunks]
+        logical, offset = np.divmod(positions, self._page_size)
         pages, slots = {}, {}
         for kind in self._kinds:
             table = np.zeros((rows, max_pages), np.int32)
-            for i, chunk in enumerate(chunks):
-                row = ledger.table(chunk.sequence.id, kind)[:max_pages]
-                table[i, : len(row)] = row
+            table[: len(chunks)] = ledger.tables(ids, kind, max_pages)
             pages[kind] = table
-            page = table[sequence_of, positions // self._page_size].astype(np.int64)
-            slots[kind] = page * self._page_size + positions % self._page_size
+            slots[kind] = table[sequence_of, logical].astype(np.int64) * self._page_size + offset
         sampled = [i for i, c in enumerate(chunks) if c.samples] + list(range(len(chunks), rows))
         logit_rows = query_start[1:][sampled] - 1
 
@@ -71,14 +74,14 @@ class StepBuilder:
             max_kv_len=max_kv_len,
         )
 
-    def _send(self, arrays: list[np.ndarray], dtype: type) -> list[torch.Tensor]:
+    def _send(self, parts: list[np.ndarray], dtype: type) -> list[torch.Tensor]:
         """One copy for all, each on a 16-byte border: kernels are compiled anew for pointers aligned otherwise."""
-        room = [-(-a.size // ALIGN) * ALIGN for a in arrays]
-        flat = np.zeros(sum(room), dtype)
-        parts = np.split(flat, np.cumsum(room)[:-1])
-        for part, array in zip(parts, arrays, strict=True):
-            part[: array.size] = array.ravel()
+        room = [-(-part.size // ALIGN) * ALIGN for part in parts]
+        begins = [0, *accumulate(room)]
+        flat = np.zeros(begins[-1], dtype)
+        for begin, part in zip(begins, parts, strict=False):
+            flat[begin : begin + part.size] = part.ravel()
         sent = torch.from_numpy(flat)
         if self._device.type == "cuda":
             sent = sent.pin_memory().to(self._device, non_blocking=True)
-        return [part[: a.size] for part, a in zip(sent.split(room), arrays, strict=True)]
+        return [sent[begin : begin + part.size] for begin, part in zip(begins, parts, strict=False)]

@@ -1,12 +1,12 @@
 """Plan: what one step computes, as positions only. Token values are looked up when the step is built."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemcutter.schedule.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens [start, stop) of a sequence, whose pages are held."""
 
     sequence: Sequence

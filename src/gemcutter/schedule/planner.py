@@ -6,7 +6,7 @@ alone, all of them end.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemcutter.cache.ledger import Ledger
 from gemcutter.schedule.plan import Chunk, Plan
@@ -15,8 +15,7 @@ from gemcutter.schedule.sequence import Sequence
 from gemcutter.spec import Kind
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
+class NewToken(NamedTuple):
     """A sampled token that counts. The sequence's finish_reason says whether it was the last."""
 
     row: int  # among the plan's sampling chunks
