@@ -22,6 +22,7 @@ from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.model import gemma4, plain
+from gemcutter.ops.rms_norm import rms_norm
 
 S, F = "sliding_attention", "full_attention"
 PAGE = 16
@@ -119,7 +120,9 @@ def test_layers_stay_close_to_plain(name, tmp_path, monkeypatch):
         for start, stop in CHUNKS:
             own = per_layer[start:stop, layer.index] if per_layer is not None else None
             batch = chunk_batch(spec, start, stop, tables)
-            parts.append(model.decoder_layer(layer, w, stream[layer.index][start:stop], own, batch, pool))
+            hidden = stream[layer.index][start:stop]
+            normed = rms_norm(hidden, w.input_norm, spec.eps)
+            parts.append(model.decoder_layer(layer, w, weights.norm, hidden, normed, own, batch, pool)[0])
         ours, theirs = torch.cat(parts).float(), stream[layer.index + 1].float()
         if routed:
             same = same_experts(routed, routed_plainly[layer.index : layer.index + 1])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = ["rms_norm", "geglu", "softcap", "experts"]
+CASES = ["rms_norm", "seams", "geglu", "softcap", "experts"]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,27 @@ def check_rms_norm(dtype) -> None:
     for x in (wide[:, :, :70], wide[:, 1, :70], wide[0, 0, :70], wide[:0, :, :70]):
         for w in (weight, None):
             assert torch.equal(rms_norm.rms_norm_launch(x, w, 1e-6), rms_norm.rms_norm_reference(x, w, 1e-6))
+
+
+def check_seams(dtype) -> None:
+    """No sum in them has an order and no step is contracted, so the bits are the references'."""
+    for tokens, width in ((0, 64), (3, 64), (5, 100)):
+        wide = torch.randn(tokens, width + 4).to(dtype) * 3
+        out, (residual, routed) = wide[:, :width], torch.randn(2, tokens, width).to(dtype)
+        a, b, c, d = torch.rand(4, width).to(dtype) + 0.5
+        for extra in ((), (c, d)):
+            args = (out, residual, a, b, 1e-6, *extra)
+            same(attention_seam.attention_seam_launch(*args), attention_seam.attention_seam_reference(*args))
+        scalar = torch.rand(1).to(dtype) + 0.5
+        for last in ((None, None), (scalar, b)):
+            for experts in (None, layer_seam.Routed(routed, c, d)):
+                args = (out, residual, a, 1e-6, *last, experts)
+                same(layer_seam.layer_seam_launch(*args), layer_seam.layer_seam_reference(*args))
+
+
+def same(got, want) -> None:
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None) and (g is None or torch.equal(g, w)), (g != w).sum()
 
 
 def check_geglu(dtype) -> None:
@@ -89,13 +110,13 @@ if __name__ == "__main__":
 
     # The interpreter has no libdevice.
     libdevice.tanh = lambda x: 2.0 * tl.sigmoid(2.0 * x) - 1.0
-    from gemcutter.ops import experts, geglu, logits, rms_norm
+    from gemcutter.ops import attention_seam, experts, geglu, layer_seam, logits, rms_norm
 
     # Poisoned, so that an unwritten output cannot pass for one of zeros.
     empty = torch.empty
     torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(7)
-    torch.manual_seed(0)
     for name in CASES:
+        torch.manual_seed(0)
         for dtype in (torch.float32, torch.float16):
             globals()[f"check_{name}"](dtype)
         print(f"{name} passed")

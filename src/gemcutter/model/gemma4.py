@@ -1,6 +1,7 @@
 """Gemma 4 as the engine runs it: many sequences in one flat batch, K/V in pages, fusion behind op names.
 
-Stage by stage the same mathematics as `model/plain.py`, which says what each step means and where HF rounds.
+Stage by stage the mathematics of `model/plain.py`, which says what each step means and where HF rounds. The last
+stage of a layer, its scale, is the layer seam's.
 Shapes: T tokens of all sequences, S sequences, R sampled rows, H hidden, P per-layer embedding width, V vocab.
 """
 
@@ -11,9 +12,11 @@ from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.weights import LayerWeights, Weights
 from gemcutter.ops.attend import attend
+from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
 from gemcutter.ops.geglu import geglu
+from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.logits import logits
 from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
 from gemcutter.ops.rms_norm import rms_norm
@@ -37,41 +40,52 @@ class Gemma4:
         spec, w = self.spec, self.weights
         hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
         per_layer = self._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
-        for layer, layer_weights in zip(spec.layers, w.layers, strict=True):
+        normed = rms_norm(hidden, w.layers[0].input_norm, spec.eps)
+        next_norms = [*(following.input_norm for following in w.layers[1:]), w.norm]
+        for layer, layer_weights, next_norm in zip(spec.layers, w.layers, next_norms, strict=True):
             own_input = per_layer[:, layer.index] if per_layer is not None else None
-            hidden = self.decoder_layer(layer, layer_weights, hidden, own_input, batch, pool)
-        hidden = rms_norm(hidden[batch.logit_rows], w.norm, spec.eps)
-        return logits(hidden, w.head, spec.softcap)
+            hidden, normed = self.decoder_layer(
+                layer, layer_weights, next_norm, hidden, normed, own_input, batch, pool
+            )
+        return logits(normed[batch.logit_rows], w.head, spec.softcap)
 
     def decoder_layer(
         self,
         layer: LayerSpec,
         w: LayerWeights,
+        next_norm: Tensor,
         hidden: Tensor,
+        normed: Tensor,
         own_input: Tensor | None,
         batch: StepBatch,
         pool: KVPool,
-    ) -> Tensor:
-        """hidden [T, H] -> [T, H]; own_input [T, P] is this layer's slice of the per-layer embeddings."""
+    ) -> tuple[Tensor, Tensor]:
+        """The residual [T, H] after this layer, and the same under next_norm, which the next layer reads.
+
+        normed: [T, H], the residual before it, under this layer's input norm; own_input: [T, P], this layer's
+        slice of the per-layer embeddings.
+        """
         eps = self.spec.eps
         # 1. Attention
-        attended = self._attention(layer, w, rms_norm(hidden, w.input_norm, eps), batch, pool)
-        hidden = hidden + rms_norm(attended, w.post_attention_norm, eps)
+        attended = self._attention(layer, w, normed, batch, pool)
+        e, routed = w.experts, None
+        norms = (None, None) if e is None else (e.pre_norm, e.router_scale)
+        hidden, mlp_in, expert_in, router_in = attention_seam(
+            attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms
+        )
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
-        out = _mlp(rms_norm(hidden, w.pre_feedforward_norm, eps), w.gate_up, w.down)
-        if w.experts is not None:
-            e = w.experts
-            chosen = route(hidden, e.router, e.router_scale, e.per_expert_scale, layer.experts.top_k, eps)
-            routed = experts(rms_norm(hidden, e.pre_norm, eps), *chosen, e.gate_up, e.down)
-            out = rms_norm(out, e.dense_post_norm, eps) + rms_norm(routed, e.post_norm, eps)
-        hidden = hidden + rms_norm(out, w.post_feedforward_norm, eps)
+        out = F.linear(geglu(F.linear(mlp_in, w.gate_up)), w.down)
+        if e is not None:
+            ids, weights = route(router_in, e.router, e.per_expert_scale, layer.experts.top_k)
+            out_of_experts = experts(expert_in, ids, weights, e.gate_up, e.down)
+            routed = Routed(out_of_experts, e.dense_post_norm, e.post_norm)
+        if w.per_layer_input is None:
+            return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed)
         # 3. Per-layer input
-        if w.per_layer_input is not None:
-            gated = F.gelu(F.linear(hidden, w.per_layer_input.gate), approximate="tanh") * own_input
-            projected = F.linear(gated, w.per_layer_input.projection)
-            hidden = hidden + rms_norm(projected, w.per_layer_input.post_norm, eps)
-        # 4. Scale
-        return hidden * w.scalar
+        hidden, _ = layer_seam(out, hidden, w.post_feedforward_norm, eps, routed=routed)
+        gated = F.gelu(F.linear(hidden, w.per_layer_input.gate), approximate="tanh") * own_input
+        injected = F.linear(gated, w.per_layer_input.projection)
+        return layer_seam(injected, hidden, w.per_layer_input.post_norm, eps, w.scalar, next_norm)
 
     def _attention(
         self, layer: LayerSpec, w: LayerWeights, x: Tensor, batch: StepBatch, pool: KVPool
@@ -104,6 +118,3 @@ class Gemma4:
         context = F.linear(hidden, w.projection) * spec.hidden**-0.5
         return (rms_norm(context.view(shape), w.projection_norm, spec.eps) + identity) * 2.0**-0.5
 
-
-def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(geglu(F.linear(x, gate_up)), down)

@@ -59,11 +59,18 @@ def rms_norm_launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) ->
     if rows == 0:
         return y
     flat = x if x.ndim == 3 else x.reshape(-1, 1, width) if x.ndim == 1 else x.unsqueeze(1)
-    block = triton.next_power_of_2(width)
-    # 8 warps on rows from 4096: at most 32 floats a thread. A row of 256 (a head) is work for one warp.
-    warps = min(8, max(1, block // 512))
     _rms_norm_kernel[(rows,)](
         flat, weight, y, flat.stride(0), flat.stride(1), flat.shape[1], eps,
-        H=width, BLOCK=block, WEIGHTED=weight is not None, num_warps=warps,
+        H=width, WEIGHTED=weight is not None, **row_tile(width),
     )  # fmt: skip
     return y
+
+
+def row_tile(width: int) -> dict[str, int]:
+    """Launch settings of a kernel that holds one row a program, every rounding in its place.
+
+    8 warps on rows from 4096: at most 32 floats a thread. A row of 256 (a head) is work for one warp. No fused
+    multiply-add: PyTorch rounds a product before it is added.
+    """
+    block = triton.next_power_of_2(width)
+    return dict(BLOCK=block, num_warps=min(8, max(1, block // 512)), enable_fp_fusion=False)

@@ -1,0 +1,94 @@
+"""The seams: references against HF's modules step by step, kernels against references bit for bit."""
+
+import pytest
+import torch
+from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+from gemcutter.ops.attention_seam import attention_seam, attention_seam_reference
+from gemcutter.ops.layer_seam import Routed, layer_seam, layer_seam_reference
+
+EPS = 1e-6
+WIDTHS = [192, 1536, 2560, 2816, 3840, 5376]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rows(tokens: int, width: int, dtype, seed: int, device="cpu") -> torch.Tensor:
+    """Normal rows, and where there are so many: large, small, constant, zero, infinite, NaN, heavy-tailed ones."""
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+    odd = [
+        lambda r: r * 1e4, lambda r: r * 1e-4, lambda r: torch.full_like(r, 0.37), torch.zeros_like,
+        lambda r: torch.where(torch.arange(width) == 5, 6e4, r), lambda r: r.clone().fill_(float("inf")),
+        lambda r: torch.where(torch.arange(width) == 7, float("nan"), r), lambda r: r**5, lambda r: r * 1e-39,
+    ]  # fmt: skip
+    for i, change in enumerate(odd[: max(0, tokens - 2)]):
+        x[i + 1] = change(x[i + 1])
+    return x.to(device, dtype)
+
+
+def weights(count: int, width: int, dtype, device="cpu") -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(99)
+    return [(torch.rand(width, generator=generator) + 0.5).to(device, dtype) for _ in range(count)]
+
+
+def norm(weight: torch.Tensor) -> hf.Gemma4RMSNorm:
+    module = hf.Gemma4RMSNorm(len(weight), eps=EPS)
+    module.weight.data = weight
+    return module
+
+
+def same(got, want) -> None:
+    for name, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert (g is None) == (w is None)
+        if g is not None:
+            wrong = (g != w) & ~(g.isnan() & w.isnan())
+            assert g.dtype == w.dtype and not wrong.any(), f"output {name}: {wrong.sum()} of {g.numel()} differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_attention_seam_is_hf(tokens, dtype, hf_sums_as_we_do):
+    attended, residual = rows(tokens, 192, dtype, 1), rows(tokens, 192, dtype, 2)
+    post, pre, expert_pre, scale = weights(4, 192, dtype)
+    router = hf.Gemma4TextRouter(Gemma4TextConfig(hidden_size=192, num_experts=4, top_k_experts=2)).to(dtype)
+    hidden = residual + norm(post)(attended)
+    router_in = router.norm(hidden) * scale * router.scalar_root_size
+    want = hidden, norm(pre)(hidden), norm(expert_pre)(hidden), router_in
+    same(attention_seam(attended, residual, post, pre, EPS, expert_pre, scale), want)
+    same(attention_seam(attended, residual, post, pre, EPS), (*want[:2], None, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_layer_seam_is_hf(tokens, dtype, hf_sums_as_we_do):
+    out, residual, routed = (rows(tokens, 192, dtype, seed) for seed in (3, 4, 5))
+    post, following, dense_post, expert_post = weights(4, 192, dtype)
+    scalar = torch.tensor([0.8125], dtype=dtype)
+    for experts in (None, Routed(routed, dense_post, expert_post)):
+        branch = out if experts is None else norm(dense_post)(out) + norm(expert_post)(routed)
+        hidden = residual + norm(post)(branch)
+        same(layer_seam(out, residual, post, EPS, routed=experts), (hidden, None))
+        hidden = hidden * scalar
+        want = hidden, norm(following)(hidden)
+        same(layer_seam(out, residual, post, EPS, scalar, following, experts), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gpu_kernels_have_the_references_bits(width, dtype):
+    post, a, b, c = weights(4, width, dtype, "cuda")
+    scalar = torch.tensor([0.8125], dtype=dtype, device="cuda")
+    for tokens in (0, 1, 2, 7, 64, 257, 1024):
+        out, residual, routed = (rows(tokens, width, dtype, seed, "cuda") for seed in (3, 4, 5))
+        wide = torch.cat([out, out], 1)[:, :width]  # rows further apart than their width
+        for extra in ((), (b, c)):
+            got = attention_seam(wide, residual, post, a, EPS, *extra)
+            same(got, attention_seam_reference(out, residual, post, a, EPS, *extra))
+        for last in ((None, None), (scalar, a)):
+            for experts in (None, Routed(routed, b, c)):
+                args = out, residual, post, EPS, *last, experts
+                got = layer_seam(*args)
+                same(got, layer_seam_reference(*args))
+    alone = Routed(routed[5:6].contiguous(), b, c)
+    same(layer_seam(out[5:6], residual[5:6], post, EPS, scalar, a, alone), [x[5:6] for x in got])
