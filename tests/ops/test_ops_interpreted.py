@@ -30,16 +30,16 @@ def test_interpreted(report, name):
 def close(got, want, ulps: float = 4, differing: float = 0.005) -> None:
     """Within some ulps of the dtype, relative to the element or, for sums that cancel, to the largest.
 
-    In float16 few elements may differ at all: a rounding left out moves a quarter of them.
+    In float16 few elements may differ at all, 1 in 200 and two by chance: a rounding left out moves a quarter.
     """
     assert got.dtype == want.dtype and got.shape == want.shape
     eps = torch.finfo(want.dtype).eps * ulps
     scale = want.abs().max().item() if want.numel() else 0.0
     torch.testing.assert_close(got, want, rtol=eps, atol=eps * scale)
     if want.dtype == torch.float16 and want.numel():
-        fraction = (got != want).float().mean().item()
-        print(f"{fraction:.4f} of {tuple(want.shape)} differ")
-        assert fraction <= differing, fraction
+        count = (got != want).sum().item()
+        print(f"{count} of {tuple(want.shape)} differ")
+        assert count <= differing * want.numel() + 2, count
 
 
 def check_rms_norm(dtype) -> None:
