@@ -1,10 +1,10 @@
 """What the device is, and how many bytes of it the KV cache may take."""
 
-import os
+from pathlib import Path
 
 import torch
 
-CPU_SHARE = 0.5  # of the memory free at start; requests rarely need it, and the budget takes no more than they can
+CPU_SHARE = 0.5  # of the memory available at start; requests rarely need it, and the budget stops at what they can
 
 
 def resolve_device(name: str) -> torch.device:
@@ -36,7 +36,7 @@ def kv_byte_budget(device: torch.device, mem_fraction_static: float) -> int:
         ValueError: nothing is left.
     """
     if device.type == "cpu":
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+        return int(_available_memory() * CPU_SHARE)
     free, total = torch.cuda.mem_get_info(device)
     used, allowed = total - free, int(total * mem_fraction_static)
     if allowed <= used:
@@ -45,3 +45,9 @@ def kv_byte_budget(device: torch.device, mem_fraction_static: float) -> int:
             f"mem_fraction_static {mem_fraction_static} allows {allowed / 2**30:.1f}; raise it or free the device"
         )
     return allowed - used
+
+
+def _available_memory() -> int:
+    """Bytes of the host that are free, or given back on demand, as are the pages of weight files just read."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
