@@ -82,7 +82,7 @@ class Engine:
             if largest := config.cuda_graph_max_bs:
                 graphs = DecodeGraphs(model, pool, largest, size.context_length, config.page_size, progress)
         builder = StepBuilder(layout.kinds, config.page_size, device)
-        suppress = read_generation_config(folder).get("suppress_tokens") or []
+        suppress = [id for id in read_generation_config(folder).get("suppress_tokens", ()) if id < spec.vocab]
         runner = Runner(model, pool, builder, graphs, suppress)
         return cls(config, spec, scheduler, runner)
 
