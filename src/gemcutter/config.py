@@ -8,10 +8,20 @@ def option(default, help: str, group: str = "engine", choices: tuple[str, ...] |
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})
 
 
-_COUNTS = (
-    "context_length", "max_total_tokens", "chunked_prefill_size", "max_prefill_tokens", "max_running_requests",
-    "max_body_bytes", "max_queued_requests",
-)  # fmt: skip
+# Integers and their bounds. A context holds a prompt and an answer, so 2 tokens or more. For each request that may
+# run the host keeps a row of page ids, so their number needs a bound.
+_COUNTS = {
+    "context_length": (2, 2**31),
+    "max_total_tokens": (1, 2**31),
+    "chunked_prefill_size": (1, 2**31),
+    "max_prefill_tokens": (1, 2**31),
+    "max_running_requests": (1, 4096),
+    "cuda_graph_max_bs": (0, 2**31),
+    "port": (0, 65535),
+    "max_body_bytes": (1, 2**63),
+    "max_queued_requests": (1, 2**31),
+}
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +78,10 @@ class EngineConfig:
             require(choices is None or getattr(self, name) in choices, name, f"one of {choices}")
         require(self.tensor_parallel_size == 1, "tensor_parallel_size", "1 so far")
         require(0.0 < self.mem_fraction_static < 1.0, "mem_fraction_static", "between 0 and 1")
-        power = self.page_size & (self.page_size - 1) == 0
-        require(power and 8 <= self.page_size <= 256, "page_size", "a power of two from 8 to 256")
-        for name in _COUNTS:
+        for name, (low, high) in _COUNTS.items():
             value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1")
-        require(self.cuda_graph_max_bs is None or self.cuda_graph_max_bs >= 0, "cuda_graph_max_bs", "at least 0")
-        require(0 <= self.port <= 65535, "port", "in [0, 65535]")
+            if value is not None or self.__dataclass_fields__[name].default is not None:
+                require(type(value) is int, name, "an integer")
+                require(low <= value <= high, name, f"in [{low}, {high}]")
+        require(type(self.page_size) is int and self.page_size in PAGE_SIZES, "page_size", "a power of two from 8 to 256")
+        require(self.api_key != "", "api_key", "a key or left out")
