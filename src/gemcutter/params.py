@@ -19,7 +19,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty, and "until a stop or the end of the context" for max_tokens.
 
     Raises:
-        ValueError: a value is not finite or out of its range; the message names it.
+        ValueError: a value is of another type, not finite or out of its range; the message names it.
     """
 
     n: int = 1
@@ -71,8 +71,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _check_range(name: str, value: float | None, low: float, high: float, low_open: bool = False) -> None:
+    """An integer where `low` is one, else any number."""
     if value is None:
         return
+    whole = isinstance(low, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ValueError(f"{name} must be {'an integer' if whole else 'a number'}, got {value!r:.40}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     if value < low or value > high or (low_open and value == low):
@@ -84,20 +88,16 @@ def resolve(params: SamplingParams, generation_config: dict) -> SamplingParams:
 
     `do_sample: false` in the checkpoint means greedy, as in HF's generate.
     """
-    sampled = generation_config.get("do_sample") is not False
-
     def pick(name: str, neutral: float):
         value = getattr(params, name)
         if value is None:
             value = generation_config.get(name)
         return neutral if value is None else value
 
-    temperature = params.temperature
-    if temperature is None:
-        temperature = generation_config.get("temperature", 1.0) if sampled else 0.0
+    greedy = params.temperature is None and generation_config.get("do_sample") is False
     return msgspec.structs.replace(
         params,
-        temperature=float(temperature),
+        temperature=0.0 if greedy else float(pick("temperature", 1.0)),
         top_p=float(pick("top_p", 1.0)),
         top_k=max(0, int(pick("top_k", 0))),
         min_p=float(pick("min_p", 0.0)),
