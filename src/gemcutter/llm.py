@@ -83,7 +83,9 @@ class LLM:
             progress: show a bar on stderr, if that is a terminal.
 
         Raises:
+            TypeError: a prompt has none of these forms.
             ValueError: a prompt or its params can never run; then none has been started.
+            RuntimeError: a step broke, or the LLM is closed.
         """
         return self._finish(self._outputs([_prompt(p) for p in _listed(prompts)], params), progress)
 
@@ -142,8 +144,8 @@ class LLM:
     def _render(self, messages: list[dict], tools: list[dict] | None, variables: dict) -> tuple[str, list[int]]:
         if self.tokenizer is None:
             raise ChatError("this checkpoint has no tokenizer, so it cannot chat; use generate with token ids")
-        ids = render(self.tokenizer, messages, tools, **variables)
-        return self.tokenizer.decode(ids, skip_special_tokens=False), ids
+        text = render(self.tokenizer, messages, tools, **variables)
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
 
     def _outputs(
         self,
@@ -186,23 +188,24 @@ class LLM:
         """Run requests to their ends, news as it comes; whatever stops this ends those that still run."""
         engine = self._running()
         news: deque[tuple[Request, Update, Delta]] = deque()
-        mine = {request.id for request in requests}
+        left = len(requests)
         try:
             for request in requests:
                 engine.submit(request)
                 self._flights[request.id] = _Flight(request, TextStream(self.tokenizer, request.params), news)
-            while news or mine & self._flights.keys():
+            while left:
                 if not news:
                     self._step(engine)
                 while news:
                     request, update, delta = news.popleft()
+                    left -= delta.finish_reason is not None
                     if delta.finish_reason == "error":
                         raise RuntimeError(f"request {request.id} failed: {update.error}")
                     yield request, update, delta
         finally:
-            for id in mine & self._flights.keys():
-                del self._flights[id]
-                engine.abort(id)
+            for request in requests:
+                if self._flights.pop(request.id, None) is not None:
+                    engine.abort(request.id)
 
     def _step(self, engine: Engine) -> None:
         """One step; its news goes to whoever waits for it, since several streams may be open at once."""

@@ -1,5 +1,6 @@
 """Every bad request gets OpenAI's error object, and the server goes on."""
 
+import concurrent.futures
 import json
 import socket
 import time
@@ -124,7 +125,7 @@ def test_bad_tokenize(fake, body):
     check(fake.post("/tokenize", body), 400)
 
 
-@pytest.mark.parametrize("tokens", [[1024], [-1], ["a"], [10**30], "abc"])
+@pytest.mark.parametrize("tokens", [[1024], [-1], ["a"], [10**30], "abc", [600] * 1025])
 def test_bad_detokenize(fake, tokens):
     check(fake.post("/detokenize", {"tokens": tokens}), 400)
 
@@ -135,8 +136,28 @@ def test_text_that_cannot_fit_is_not_tokenized(fake):
         (COMPLETIONS, {"prompt": text}),
         ("/tokenize", {"prompt": text}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]}),
+        (CHAT, {"messages": USER, "tools": [{"function": {"name": "f", "description": text, "parameters": {}}}]}),
     ):
-        check(fake.post(path, body), 400, "100000 characters")
+        check(fake.post(path, body), 400, "characters are more than the context")
+
+
+def test_long_work_holds_no_one_up(launch):
+    """Megabytes of text and a million tokens, one by one and joined, while others are answered."""
+    server = launch(context_length=2_000_000)
+    text = "Tom has 3 apples. " * 165_000
+    for path, body in (
+        ("/tokenize", {"prompt": text, "return_token_strs": True}),
+        ("/detokenize", {"tokens": [600, 601, 3, 700] * 500_000}),
+    ):
+        slowest = 0.0
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client() as other:
+            long = pool.submit(server.post, path, body)
+            while not long.done():
+                begin = time.monotonic()
+                assert other.get(f"{server.url}/health").status_code == 200
+                slowest = max(slowest, time.monotonic() - begin)
+        assert long.result().status_code == 200
+        assert slowest < 0.3, (path, slowest)
 
 
 def test_unknown_model_and_routes(fake):

@@ -24,22 +24,25 @@ def make(tmp_path):
     return make
 
 
+def tokens(tokenizer, *args, **kwargs) -> list[int]:
+    return tokenizer.encode(render(tokenizer, *args, **kwargs), add_special_tokens=False)
+
+
 def user(text="ab"):
     return {"role": "user", "content": text}
 
 
 def test_renders_the_checkpoint_s_template(make):
     tokenizer = make(SIMPLE)
-    ids = render(tokenizer, [user("ab"), {"role": "assistant", "content": "c"}, user("a")])
+    ids = tokens(tokenizer, [user("ab"), {"role": "assistant", "content": "c"}, user("a")])
     assert ids.count(2) == 1 and ids[0] == 2, "one <bos>, the template's"
     assert tokenizer.decode(ids, False) == (
         "<bos><|turn>user\nab<turn|>\n<|turn>assistant\nc<turn|>\n<|turn>user\na<turn|>\n<|turn>model\n"
     )
-    closed = render(tokenizer, [user()], add_generation_prompt=False)
-    assert tokenizer.decode(closed, False).endswith("<turn|>\n")
-    assert tokenizer.decode(render(tokenizer, [user()], flag=True), False).endswith("!<|turn>model\n")
+    assert render(tokenizer, [user()], add_generation_prompt=False).endswith("<turn|>\n")
+    assert render(tokenizer, [user()], flag=True).endswith("!<|turn>model\n")
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert tokenizer.decode(render(tokenizer, [user()], tools=tools), False).endswith("1<|turn>model\n")
+    assert render(tokenizer, [user()], tools=tools).endswith("1<|turn>model\n")
 
 
 @pytest.mark.parametrize("model", ["carat", "carat-edge"])
@@ -58,7 +61,7 @@ def test_the_shipped_template_as_transformers_renders_it(model):
             {"role": "tool", "tool_call_id": "1", "content": "5"},
         ]
 
-    ours = render(Tokenizer.load(folder), conversation(call), tools=tools)
+    ours = tokens(Tokenizer.load(folder), conversation(call), tools=tools)
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         conversation(parsed), tools=tools, add_generation_prompt=True
     )
@@ -144,10 +147,8 @@ def test_hostile_and_failing_templates(make, template):
 )
 def test_the_sandbox_shows_nothing(make, expression):
     """Attributes that are merely printed are undefined rather than refused: they render as nothing."""
-    tokenizer = make(f"a{{{{ {expression} }}}}b")
-    assert tokenizer.decode(render(tokenizer, [user()])) == "ab"
+    assert render(make(f"a{{{{ {expression} }}}}b"), [user()]) == "ab"
 
 
 def test_user_text_is_not_a_template(make):
-    tokenizer = make(SIMPLE)
-    assert "{{ 7 * 7 }}" in tokenizer.decode(render(tokenizer, [user("{{ 7 * 7 }}")]), False)
+    assert "{{ 7 * 7 }}" in render(make(SIMPLE), [user("{{ 7 * 7 }}")])

@@ -79,8 +79,7 @@ def build_app(service: Service) -> FastAPI:
             ids = await service.render(ask.messages, ask.tools, ask.add_generation_prompt, kwargs)
         else:
             ids = await service.encode(ask.prompt, ask.add_special_tokens)
-        tokenizer = service.need_tokenizer()
-        texts = [tokenizer.token(id) for id in ids] if ask.return_token_strs else None
+        texts = await service.token_texts(ids) if ask.return_token_strs else None
         return _json(
             {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": texts}
         )
@@ -88,10 +87,7 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         ask = await read(request, DetokenizeRequest)
-        wrong = next((id for id in ask.tokens if not 0 <= id < service.vocab), None)
-        if wrong is not None:
-            raise bad_request(f"token id {wrong} is outside [0, {service.vocab})", "tokens")
-        return _json({"prompt": service.need_tokenizer().decode(ask.tokens, skip_special_tokens=False)})
+        return _json({"prompt": await service.decode(ask.tokens)})
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -81,6 +81,29 @@ class Service:
         self.check_length(len(text))
         return await _aside(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), "prompt")
 
+    async def token_texts(self, ids: list[int]) -> list[str]:
+        """Each token's text on its own."""
+        tokenizer = self.need_tokenizer()
+
+        def look_up() -> list[str]:
+            table = {id: tokenizer.token(id) for id in set(ids)}
+            return [table[id] for id in ids]
+
+        return await _aside(look_up, None)
+
+    async def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens shown. Raises ApiError (400) for unknown ids, and more than the context."""
+        tokenizer = self.need_tokenizer()
+        if len(ids) > self.context_length:
+            raise bad_request(
+                f"{len(ids)} tokens are more than the context of {self.context_length}; send fewer at once",
+                "tokens",
+            )
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab):
+            wrong = next(id for id in ids if not 0 <= id < self.vocab)
+            raise bad_request(f"token id {wrong} is outside [0, {self.vocab})", "tokens")
+        return await _aside(lambda: tokenizer.decode(ids, skip_special_tokens=False), "tokens")
+
     async def render(
         self, messages: list[dict], tools: list[dict] | None, opening: bool, kwargs: dict
     ) -> list[int]:
@@ -91,11 +114,11 @@ class Service:
             raise bad_request(
                 f"chat_template_kwargs may not set {', '.join(sorted(taken))}", "chat_template_kwargs"
             )
-        self.check_length(sum(map(_chars, messages)))
-        return await _aside(
+        text = await _aside(
             lambda: render(tokenizer, messages, tools=tools, add_generation_prompt=opening, **kwargs),
             "messages",
         )
+        return await self.encode(text, add_special_tokens=False)
 
     async def requests(
         self, prompt: str | list[int], params: SamplingParams, id: str, clip: bool = False
@@ -120,14 +143,6 @@ class Service:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def _chars(message: dict) -> int:
-    """Characters of a message's content, whatever a client put there."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = (part.get("text") for part in parts if isinstance(part, dict))
-    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 async def _aside(work: Callable[[], T], param: str | None) -> T:

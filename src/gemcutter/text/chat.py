@@ -1,4 +1,4 @@
-"""Chat: a conversation to token ids, by the checkpoint's own Jinja template.
+"""Chat: a conversation to one text, by the checkpoint's own Jinja template.
 
 The template comes with the checkpoint, never from a request. It runs in Jinja's immutable sandbox, as transformers
 sets it up: underscore attributes, mutation of its inputs and ranges over 100 000 are refused. The sandbox does not
@@ -29,8 +29,8 @@ def render(
     tools: list[dict] | None = None,
     add_generation_prompt: bool = True,
     **kwargs,
-) -> list[int]:
-    """Token ids of a conversation, <bos> as the template writes it.
+) -> str:
+    """The text of a conversation, <bos> as the template writes it: encode it without special tokens.
 
     Args:
         messages: OpenAI's: "role" and "content" (text, or a list of {"type": "text", "text": …}), on assistants
@@ -55,14 +55,13 @@ def render(
         raise ChatError("tools must be a list of objects")
     checked = [_checked(index, message) for index, message in enumerate(messages)]
     try:
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             checked, tools=tools or None, add_generation_prompt=add_generation_prompt, **kwargs
         )
     # The template is code that runs on the client's data: whatever it raises (TypeError, ZeroDivisionError,
     # RecursionError, SecurityError, …) means that these messages cannot be rendered by it.
     except Exception as error:
         raise ChatError(f"the chat template refused the conversation: {error or type(error).__name__}") from error
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _checked(index: int, message: dict) -> dict:

@@ -66,15 +66,15 @@ class Intake:
             prompt = self._tokenizer.encode(prompt)
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
-        # The whole list at once: a loop in Python over a long prompt would take longer than its tokenizing.
-        if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= self._vocab:
-            for token in prompt:
-                self._check_id("the prompt", token)
         if len(prompt) >= self._context_length:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens, but the context holds {self._context_length} of prompt and "
                 "answer together; shorten the prompt or start with a larger context_length"
             )
+        # The whole list at once: a loop in Python over a long prompt would take longer than its tokenizing.
+        if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= self._vocab:
+            for token in prompt:
+                self._check_id("the prompt", token)
         return list(prompt)
 
     def _resolved(self, params: SamplingParams, prompt_tokens: int, clip: bool) -> SamplingParams:

@@ -66,7 +66,8 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Ids that the tokenizer does not know have no text; invalid UTF-8 shows as U+FFFD."""
-        return self._core.decode(ids, skip_special_tokens=skip_special_tokens)
+        # A batch, for only that lets other threads run meanwhile.
+        return self._core.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     def knows(self, id: int) -> bool:
         return self._core.id_to_token(id) is not None
