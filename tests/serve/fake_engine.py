@@ -99,6 +99,10 @@ def start_broken(config: EngineConfig) -> FakeEngine:
     raise ValueError("there is\nno memory for this model")
 
 
+def start_buggy(config: EngineConfig) -> FakeEngine:
+    raise RuntimeError("our bug")
+
+
 def start_slowly(config: EngineConfig) -> FakeEngine:
     time.sleep(60)
     return FakeEngine(config)

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -12,6 +14,7 @@ import fake_engine
 import httpx
 import openai
 import pytest
+from conftest import HERE, SRC
 
 BODY = {"prompt": [600], "seed": 1}
 
@@ -168,7 +171,7 @@ def test_killed_server_leaves_nothing_behind(launch, monkeypatch):
 
 def test_engine_that_cannot_start(launch):
     server = launch("start_broken", wait=False)
-    assert server.process.wait(20) == 1
+    assert server.process.wait(20) == 2
     assert server.log == "gemcutter: cannot start: there is no memory for this model\n"
 
 
@@ -187,18 +190,43 @@ def test_signal_while_loading(launch):
     assert not alive(engine)
 
 
+def test_engine_that_breaks_as_it_starts(launch):
+    server = launch("start_buggy", wait=False)
+    assert server.process.wait(20) == 1
+    assert server.log.endswith("gemcutter: cannot start: RuntimeError: our bug\n")
+
+
+def test_sigterm_does_not_wait_for_a_thread(tmp_path):
+    """Python joins its worker threads at exit; one that tokenizes or loads for long must not hold the server."""
+    code = (
+        "import time, fake_engine; from gemcutter.config import EngineConfig; from gemcutter.serve import app\n"
+        "def load(config): print('loading', flush=True); time.sleep(60)\n"
+        "app._load_text = load; app.serve(EngineConfig(port=0), fake_engine.start)"
+    )
+    script = tmp_path / "hangs.py"
+    script.write_text(f"if __name__ == '__main__':\n    exec({code!r})")
+    env = os.environ | {"PYTHONPATH": f"{SRC}:{HERE}"}
+    process = subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10.5) == 0
+    finally:
+        process.kill()
+
+
 def test_port_in_use(launch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = launch(port=port, wait=False)
-        assert server.process.wait(20) == 1
+        assert server.process.wait(20) == 2
     assert server.log.startswith(f"gemcutter: cannot listen on 127.0.0.1:{port}")
     assert server.log.count("\n") == 1
 
 
 def test_unknown_checkpoint(launch):
     server = launch(model_path="/nowhere/at/all", wait=False)
-    assert server.process.wait(30) == 1
+    assert server.process.wait(30) == 2
     assert "/nowhere/at/all" in server.log
     assert "Traceback" not in server.log
 

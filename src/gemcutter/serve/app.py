@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from gemcutter.text.tokens import Tokenizer
 
 DRAIN_SECONDS = 5.0  # after SIGTERM, for requests to finish; then they are aborted
 CLOSE_SECONDS = 2  # after that, for connections to take their last bytes
+LAST_SECONDS = 9.5  # after a signal the process is gone, even if a thread still tokenizes or loads
 LINGER_SECONDS = 2.0  # after the engine died, for clients and probes to hear of it
 
 
@@ -31,17 +34,20 @@ def serve(config: EngineConfig, start_engine: Callable = worker.start_engine) ->
         start_engine: EngineConfig -> Engine, called in the engine process; importable by name.
 
     Returns:
-        The exit code: 0 after a signal, 1 if the server could not start or its engine died; stderr says why.
+        The exit code: 0 after a signal, 2 if the server cannot start as the user asked, 1 if the engine broke.
+        stderr says why.
     """
     try:
         listener = _bind(config.host, config.port)
     except OSError as error:
-        return _complain(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}")
+        return _complain(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}", 2)
     with listener:
         try:
             return asyncio.run(_live(config, listener, start_engine))
-        except (ValueError, OSError, EngineDied) as error:
-            return _complain(f"cannot start: {' '.join(str(error).split())}")
+        except (ValueError, OSError) as error:
+            return _complain(f"cannot start: {' '.join(str(error).split())}", 2)
+        except EngineDied as error:
+            return _complain(f"cannot start: {error}", 1)
 
 
 async def _live(config: EngineConfig, listener: socket.socket, start_engine: Callable) -> int:
@@ -49,6 +55,10 @@ async def _live(config: EngineConfig, listener: socket.socket, start_engine: Cal
     signalled, hurried = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
+        if not signalled.is_set():  # asyncio waits for its threads, however long they take
+            last = threading.Timer(LAST_SECONDS, os._exit, (0,))
+            last.daemon = True
+            last.start()
         (hurried if signalled.is_set() else signalled).set()  # a second signal cuts the drain short
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -79,7 +89,7 @@ async def _live(config: EngineConfig, listener: socket.socket, start_engine: Cal
         code = 0
         service.closing = True
         if not bridge.alive:
-            code = _complain(f"the engine died: {await bridge.gone}")
+            code = _complain(f"the engine died: {await bridge.gone}", 1)
             await asyncio.sleep(LINGER_SECONDS)
         else:
             await _first(bridge.idle(), hurried.wait(), _wait(bridge.gone), asyncio.sleep(DRAIN_SECONDS))
@@ -139,6 +149,6 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _complain(why: str) -> int:
+def _complain(why: str, code: int) -> int:
     print(f"gemcutter: {why}", file=sys.stderr, flush=True)
-    return 1
+    return code

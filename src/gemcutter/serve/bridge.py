@@ -35,6 +35,7 @@ class Bridge:
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_word: str | None = None
+        self._mendable = False
         self._started: asyncio.Future[wire.Ready] = asyncio.get_running_loop().create_future()
         self._folder = tempfile.mkdtemp(prefix="gemcutter-")  # mode 0700: the pipes are this user's alone
         to_engine, from_engine = f"ipc://{self._folder}/to", f"ipc://{self._folder}/from"
@@ -54,10 +55,10 @@ class Bridge:
         self._burial: asyncio.Task | None = None
 
     async def ready(self) -> wire.Ready:
-        """Raises EngineDied if the engine does not start."""
+        """Raises, if the engine does not start, ValueError for what the user can mend and else EngineDied."""
         await asyncio.wait([self._started, self.gone], return_when=asyncio.FIRST_COMPLETED)
         if self.gone.done():
-            raise EngineDied(self.gone.result())
+            raise (ValueError if self._mendable else EngineDied)(self.gone.result())
         return self._started.result()
 
     @property
@@ -156,7 +157,7 @@ class Bridge:
                 self.stats = message.stats
                 self._started.set_result(message)
             case wire.Failed():
-                self._last_word = message.message
+                self._last_word, self._mendable = message.message, message.mendable
 
     def _deliver(self, report: wire.Report) -> None:
         if report.stats is not None:

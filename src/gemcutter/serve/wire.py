@@ -47,6 +47,7 @@ class Failed(msgspec.Struct, tag=True):
     """The last word of an engine process: why it cannot start or go on."""
 
     message: str
+    mendable: bool  # by the user: the checkpoint, an option or the device does not do
 
 
 to_engine = msgspec.msgpack.Decoder(Submit | Abort | Stop)

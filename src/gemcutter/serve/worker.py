@@ -1,5 +1,6 @@
 """The engine process: take messages, step the engine, send one report a step."""
 
+import gc
 import os
 import signal
 import sys
@@ -55,10 +56,13 @@ def _run(config: EngineConfig, pull: zmq.Socket, push: zmq.Socket, start: Callab
     try:
         engine = start(config)
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError)):
+        mendable = isinstance(error, (ValueError, OSError))
+        if not mendable:
             traceback.print_exc()
-        push.send(wire.encode(wire.Failed(message=one_line(error))))
+        push.send(wire.encode(wire.Failed(message=one_line(error), mendable=mendable)))
         return 1
+    gc.collect()
+    gc.freeze()  # some 200,000 objects of torch and the engine: walking them stopped a step for 0.1 s now and then
     push.send(
         wire.encode(wire.Ready(context_length=engine.context_length, vocab=engine.spec.vocab, stats=engine.stats()))
     )
@@ -66,7 +70,7 @@ def _run(config: EngineConfig, pull: zmq.Socket, push: zmq.Socket, start: Callab
         _loop(engine, pull, push)
     except Exception as error:
         traceback.print_exc()
-        push.send(wire.encode(wire.Failed(message=one_line(error))))
+        push.send(wire.encode(wire.Failed(message=one_line(error), mendable=False)))
         return 1
     return 0
 
