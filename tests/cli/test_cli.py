@@ -128,6 +128,9 @@ def test_help_loads_nothing_heavy():
         (["chat", "carat", "--model-path", "carat-edge"], "two checkpoints are named"),
         (["serve", "nowhere"], "no checkpoint 'nowhere'"),
         (["serve", "--port", "70000"], "port must be in"),
+        (["serve", "--api-key", ""], "api_key must be a key"),
+        (["serve", ""], "name is empty"),
+        (["generate", "hi", "--model-path", ""], "name is empty"),
         (["info", "nowhere"], "no checkpoint 'nowhere'"),
         (["info", "--memory", "nan"], "positive number"),
         (["info", "--bandwidth", "0"], "positive number"),
@@ -291,6 +294,13 @@ def test_serve_gets_the_config(monkeypatch):
     monkeypatch.setattr(gemcutter.serve.app, "serve", lambda config: seen.append(config) or 7)
     assert main(["serve", "carat", "--port", "0", "--page-size", "32"]) == 7
     assert seen == [EngineConfig(model_path="carat", port=0, page_size=32)]
+
+
+@pytest.mark.parametrize("flags, says", [(["--device", "abacus"], "abacus"), (["--host", "no.invalid"], "no.inv")])
+def test_serve_refuses_what_the_user_can_mend(flags, says):
+    argv = [sys.executable, "-m", "gemcutter", "serve", "carat", "--port", "0", *flags]
+    done = subprocess.run(argv, env=ENV, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and says in done.stderr
 
 
 def test_serve_for_real():

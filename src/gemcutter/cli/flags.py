@@ -87,10 +87,12 @@ def read_config(args: argparse.Namespace) -> EngineConfig:
 
 def read_model(args: argparse.Namespace) -> str:
     """The checkpoint that is named, or the built-in one."""
-    given = getattr(args, "model", None)
-    if given and args.model_path and given != args.model_path:
-        args.parser.error(f"two checkpoints are named, {given!r} and --model-path {args.model_path!r}; name one")
-    return given or args.model_path or EngineConfig.model_path
+    named = {name for name in (getattr(args, "model", None), args.model_path) if name is not None}
+    if len(named) > 1:
+        args.parser.error(f"two checkpoints are named, {' and '.join(map(repr, sorted(named)))}; name one")
+    if "" in named:
+        args.parser.error("the checkpoint's name is empty; give a folder, a hub id or a built-in name")
+    return named.pop() if named else EngineConfig.model_path
 
 
 def add_sampling(parser: Parser) -> None:
