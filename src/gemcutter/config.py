@@ -83,5 +83,6 @@ class EngineConfig:
             if value is not None or self.__dataclass_fields__[name].default is not None:
                 require(type(value) is int, name, "an integer")
                 require(low <= value <= high, name, f"in [{low}, {high}]")
-        require(type(self.page_size) is int and self.page_size in PAGE_SIZES, "page_size", "a power of two from 8 to 256")
+        power = type(self.page_size) is int and self.page_size in PAGE_SIZES
+        require(power, "page_size", "a power of two from 8 to 256")
         require(self.api_key != "", "api_key", "a key or left out")
