@@ -86,3 +86,8 @@ class EngineConfig:
         power = type(self.page_size) is int and self.page_size in PAGE_SIZES
         require(power, "page_size", "a power of two from 8 to 256")
         require(self.api_key != "", "api_key", "a key or left out")
+
+    @property
+    def reads_weights(self) -> bool:
+        """Dummy weights need a config.json only; a hub checkpoint's files are then not fetched."""
+        return self.load_format != "dummy"

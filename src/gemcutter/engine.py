@@ -44,7 +44,7 @@ class Engine:
         Raises:
             ValueError: the checkpoint, the device or its memory do not do; the message says what to change.
         """
-        folder = locate(config.model_path, config.revision)
+        folder = locate(config.model_path, config.revision, config.reads_weights)
         spec = read_spec(folder)
         device = resolve_device(config.device)
         config = _resolved(config, spec, device)

@@ -45,7 +45,7 @@ class LLM:
         if unknown:
             raise TypeError(f"LLM has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         config = EngineConfig(model_path=model, **options)
-        folder = locate(config.model_path, config.revision)
+        folder = locate(config.model_path, config.revision, config.reads_weights)
         self.tokenizer = Tokenizer.load(folder)
         self._engine: Engine | None = Engine.start(config)
         self._intake = Intake(

@@ -15,7 +15,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     with blame_user(args.parser):
-        read_spec(locate(config.model_path, config.revision))  # before two processes start for nothing
+        # before two processes start for nothing
+        read_spec(locate(config.model_path, config.revision, weights=False))
     from gemcutter.serve.app import serve  # the web framework, for which no --help should wait
 
     return serve(config)

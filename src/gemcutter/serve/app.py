@@ -109,7 +109,7 @@ async def _start(config: EngineConfig, bridge: Bridge) -> Service:
 
 
 def _load_text(config: EngineConfig) -> tuple[Path, Tokenizer | None]:
-    folder = locate(config.model_path, config.revision)
+    folder = locate(config.model_path, config.revision, weights=False)
     return folder, Tokenizer.load(folder)
 
 
