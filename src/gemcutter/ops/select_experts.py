@@ -138,7 +138,7 @@ def select_experts_launch(
     assert 1 <= num_experts <= MAX_EXPERTS, f"{num_experts} experts: PyTorch's sum is known up to {MAX_EXPERTS}"
     assert 1 <= top_k <= min(num_experts, MAX_TOP_K), f"top {top_k} of {num_experts}: 1 to {MAX_TOP_K} are ordered"
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), f"logits are {logits.dtype}: no float"
-    assert num_experts == 1 or logits.stride(1) == 1, f"logits have strides {logits.stride()}: rows must be contiguous"
+    assert num_experts == 1 or logits.stride(1) == 1, f"logits have strides {logits.stride()}: the last must be 1"
     assert per_expert_scale.shape == (num_experts,), f"per_expert_scale {per_expert_scale.shape}: one an expert"
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)

@@ -1,0 +1,294 @@
+"""Selection of experts: the reference against HF, the kernel against PyTorch's CUDA kernels' arithmetic.
+
+On a CPU the kernel runs in Triton's interpreter, in a process of its own as in `test_ops_interpreted.py`, against
+that arithmetic written out below thread by thread; on a GPU against PyTorch itself, bit for bit.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.language.extra import libdevice
+
+from gemcutter.ops.select_experts import (
+    _select_kernel,
+    select_experts,
+    select_experts_launch,
+    select_experts_reference,
+)
+
+# Experts and top k: one expert only, fewer than a warp, Gemma 4's 128 and 8, no powers of two, the most.
+SHAPES = [(1, 1), (8, 1), (8, 8), (16, 6), (128, 8), (160, 5), (129, 32), (1024, 16), (1024, 32)]
+KINDS = ["normal", "ties", "pairs", "constant", "wide", "tiny", "masked", "broken"]
+
+
+def draw(kind: str, tokens: int, experts: int, seed: int = 0) -> torch.Tensor:
+    """[tokens, experts] float32, all of them exact in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, experts, generator=generator)
+    match kind:
+        case "ties":
+            x = x.round()
+        case "pairs":
+            x = x[:, torch.arange(experts) // 2]
+        case "constant":
+            x = torch.full_like(x, 0.75)
+        case "wide":  # exp reaches denormals and zero
+            x *= 40
+        case "tiny":  # nearly equal probabilities: neighbouring floats and their ties
+            x *= 1e-3
+        case "masked":
+            x[x < 0.5] = -torch.inf
+        case "broken":
+            at = torch.randint(experts, (tokens,), generator=generator)
+            rows = torch.arange(tokens)
+            x[rows, at] = torch.tensor([torch.nan, torch.inf, 1.0])[rows % 3]
+            x[rows % 4 == 3] = -torch.inf
+    return x.bfloat16().float()
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Equal bits, up to the kind of NaN."""
+    equal = (got == want) | (got.isnan() & want.isnan())
+    return got.dtype == want.dtype and got.shape == want.shape and bool(equal.all())
+
+
+# PyTorch's CUDA kernels, thread by thread.
+
+
+def softmax_of_warps(x: np.ndarray) -> np.ndarray:
+    """[E] float32: a warp's lanes take every 32nd expert, then exchange across 16, 8, 4, 2, 1."""
+    width = min(1 << (len(x) - 1).bit_length(), 32)
+    powers = np.exp(x - x.max())
+    sums = [np.float32(0)] * width
+    for i, power in enumerate(powers):
+        sums[i % width] += power
+    distance = width // 2
+    while distance:
+        sums = [sums[lane] + sums[lane ^ distance] for lane in range(width)]
+        distance //= 2
+    return powers / sums[0]
+
+
+def topk_of_blocks(p: np.ndarray, k: int) -> list[int]:
+    """Ids: those above the k-th value by id, then those at it by id, through a bitonic network of 32 places."""
+    order = np.where(np.isnan(p), np.float32(np.inf), p)
+    last = np.sort(order)[-k]
+    ids = [i for i in range(len(p)) if order[i] > last]
+    ids += [i for i in range(len(p)) if order[i] == last][: k - len(ids)]
+    if k == 1:
+        return ids
+    places = [(order[i], i, True) for i in ids] + [(np.float32(0), -1, False)] * (32 - k)
+
+    def swap(a: int, b: int, flag: bool) -> None:
+        (key_a, _, valid_a), (key_b, _, valid_b) = places[a], places[b]
+        if ((key_a > key_b and valid_a) or not valid_b) == flag:
+            places[a], places[b] = places[b], places[a]
+
+    size = 2
+    while size <= 32:
+        stride = size // 2
+        while stride:
+            for thread in range(16):
+                at = 2 * thread - (thread & (stride - 1))
+                swap(at, at + stride, size < 32 and thread & (size // 2) != 0)
+            stride //= 2
+        size *= 2
+    return [i for _, i, _ in places[:k]]
+
+
+def sum_halving(v: np.ndarray) -> np.float32:
+    """[k] float32 as `torch.sum` adds it: i and i + the largest power of two, then halves."""
+    width = 1 << (len(v).bit_length() - 1)
+    sums = [v[i] + v[i + width] if i + width < len(v) else v[i] for i in range(width)]
+    while width > 1:
+        width //= 2
+        sums = [sums[i] + sums[i + width] for i in range(width)]
+    return sums[0]
+
+
+def sum_adjacent(v: np.ndarray) -> np.float32:
+    """The same with neighbours first, as PyTorch did before it halved."""
+    width = 1 << (len(v).bit_length() - 1)
+    sums = [v[i] + v[i + width] if i + width < len(v) else v[i] for i in range(width)]
+    while len(sums) > 1:
+        sums = [sums[i] + sums[i + 1] for i in range(0, len(sums), 2)]
+    return sums[0]
+
+
+def sum_in_turn(v: np.ndarray) -> np.float32:
+    total = v[0]
+    for value in v[1:]:
+        total = total + value
+    return total
+
+
+def select_by_threads(x: torch.Tensor, scale: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    all_ids, all_weights = [], []
+    with np.errstate(all="ignore"):
+        for row in x.numpy():
+            p = softmax_of_warps(row)
+            ids = topk_of_blocks(p, k)
+            all_ids.append(ids)
+            all_weights.append(p[ids] / sum_halving(p[ids]) * scale.numpy()[ids])
+    return torch.tensor(all_ids).reshape(-1, k), torch.from_numpy(np.array(all_weights, np.float32)).reshape(-1, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts, k", SHAPES, ids=str)
+def test_reference_is_hf(experts, k, dtype):
+    config = Gemma4TextConfig(
+        hidden_size=experts, num_experts=experts, top_k_experts=k, enable_moe_block=True, moe_intermediate_size=8
+    )
+    router = Gemma4TextRouter(config).to(dtype)
+    router.norm = router.proj = torch.nn.Identity()  # what remains is the tail, on logits
+    router.scalar_root_size = 1.0
+    router.per_expert_scale.data = torch.rand(experts, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.5
+    for kind in KINDS:
+        logits = draw(kind, 9, experts).to(dtype)
+        _, weights, ids = router(logits)
+        got_ids, got_weights = select_experts(logits, router.per_expert_scale.data, k)
+        assert torch.equal(got_ids, ids) and same(got_weights, weights)
+        assert got_ids.dtype == torch.int64 and got_weights.dtype == torch.float32
+    assert select_experts(logits[:0], router.per_expert_scale.data, k)[0].shape == (0, k)
+
+
+def test_orders_differ():
+    """The sums and orders below are told apart by these draws: a kernel with another order fails."""
+    v = torch.rand(400, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    halves = [sum_halving(row) for row in v]
+    assert any(a != sum_adjacent(row) for a, row in zip(halves, v, strict=True))
+    assert any(a != sum_in_turn(row) for a, row in zip(halves, v, strict=True))
+    tied = np.float32([0.1, 0.2, 0.2, 0.1, 0.2, 0.1, 0.05, 0.05])
+    assert topk_of_blocks(tied, 5) != sorted(range(8), key=lambda i: (-tied[i], i))[:5]
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted(report, kind):
+    assert f"{kind} passed" in report, report[-4000:]
+
+
+def check_interpreted(kind: str) -> None:
+    for experts, k in SHAPES:
+        tokens = 4
+        x = draw(kind, tokens, experts, seed=experts)
+        scale = torch.rand(experts, generator=torch.Generator().manual_seed(2)) + 0.5
+        wide = torch.full((tokens, experts + 5), torch.nan)
+        wide[:, 2 : 2 + experts] = x
+        ids, weights = select_experts_launch(wide[:, 2 : 2 + experts], scale, k)
+        want_ids, want_weights = select_by_threads(x, scale, k)
+        assert torch.equal(ids, want_ids), (kind, experts, k, ids, want_ids)
+        assert same(weights, want_weights), (kind, experts, k, weights, want_weights)
+        assert kind != "broken" or weights[x.isnan().any(1)].isnan().all()
+        alone = select_experts_launch(x[2:3], scale, k)  # as in company
+        assert torch.equal(alone[0], ids[2:3]) and same(alone[1], weights[2:3])
+        assert select_experts_launch(x[:0], scale, k)[0].shape == (0, k)
+        half = select_experts_launch(x[:2].half(), scale.half(), k)  # rounds on the way in only
+        want = select_by_threads(x[:2].half().float(), scale.half().float(), k)
+        assert torch.equal(half[0], want[0]) and same(half[1], want[1])
+
+
+@pytest.mark.parametrize("target", [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)], ids=str)
+@pytest.mark.parametrize("experts, k, dtype", [(128, 8, "bf16"), (1024, 32, "fp32"), (8, 1, "bf16")], ids=str)
+def test_compiles(experts, k, dtype, target):
+    constants = dict(E=experts, E_BLOCK=max(experts, 32), TOP_K=k)
+    pointers = dict(logits_ptr="*" + dtype, scale_ptr="*" + dtype, ids_ptr="*i64", weights_ptr="*fp32")
+    signature = {name: "constexpr" for name in constants} | pointers | {"row_stride": "i32"}
+    names = _select_kernel.arg_names
+    source = ASTSource(
+        fn=_select_kernel,
+        signature={name: signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    code = triton_compile(source, target=GPUTarget(*target), options=dict(num_warps=1, enable_fp_fusion=False)).asm
+    if target[0] == "cuda":
+        # Denormals kept and IEEE division, as PyTorch is compiled.
+        assert "div.rn.f32" in code["ptx"] and "div.full" not in code["ptx"]
+        assert "mul.ftz" not in code["ptx"] and "add.ftz" not in code["ptx"] and "div.rn.ftz" not in code["ptx"]
+
+
+@pytest.mark.gpu
+def test_gpu_is_pytorch():
+    lines, failed = [], []
+    for experts, k in SHAPES:
+        scale = (torch.rand(experts, generator=torch.Generator().manual_seed(2)) + 0.5).cuda()
+        for kind in KINDS:
+            for tokens in (0, 1, 3, 64, 1000):
+                for dtype in (torch.bfloat16, torch.float32):
+                    x = draw(kind, tokens, experts, seed=tokens).cuda()
+                    if dtype == torch.float32 and kind in ("normal", "wide", "tiny"):
+                        x = x + torch.randn(x.shape, device="cuda") * 1e-4 * x  # bits that bf16 has not
+                    x, w = x.to(dtype), scale.to(dtype)
+                    got = select_experts_launch(x, w, k)
+                    want = select_experts_reference(x, w, k)
+                    wrong_ids = int((got[0] != want[0]).sum())
+                    wrong_sets = int((got[0].sort(-1).values != want[0].sort(-1).values).sum())
+                    wrong = int(((got[1] != want[1]) & ~(got[1].isnan() & want[1].isnan())).sum())
+                    if wrong_ids or wrong:
+                        case = f"{kind} E {experts} k {k} T {tokens} {dtype}"
+                        lines.append(f"{case}: ids {wrong_ids} (as sets {wrong_sets}), weights {wrong}")
+                        failed += [(got, want)] if len(failed) < 2 else []
+            wide = torch.cat([x, x], 1)
+            for part in (wide[:, experts:], wide[-1:, :experts]):
+                ids, weights = select_experts_launch(part, w, k)
+                assert torch.equal(ids, got[0][-len(part) :]) and same(weights, got[1][-len(part) :])
+    print(*lines[:40], *failed, sep="\n")
+    assert not lines, f"{len(lines)} cases differ"
+
+
+@pytest.mark.gpu
+def test_gpu_orders_of_pytorch():
+    """Which orders PyTorch uses on this GPU: the kernel's must be among them, for each k and number of rows."""
+    lines, generator = [], torch.Generator().manual_seed(0)
+    for k in (1, 2, 3, 4, 6, 8, 12, 16, 31, 32):
+        for tokens in (1, 5, 200):
+            v = torch.rand(tokens, k, generator=generator)
+            want = v.cuda().sum(-1).cpu().numpy()
+            equal = [
+                order.__name__
+                for order in (sum_halving, sum_adjacent, sum_in_turn)
+                if all(order(row) == total for row, total in zip(v.numpy(), want, strict=True))
+            ]
+            lines.append(f"sum k {k} T {tokens}: {equal}")
+        p = torch.randint(1, 6, (100, 64), generator=generator) / 8
+        ids = torch.topk(p.cuda(), k, -1).indices.cpu()
+        network = torch.tensor([topk_of_blocks(row, k) for row in p.numpy()])
+        lowest = p.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        found = [name for name, order in (("network", network), ("lowest", lowest)) if torch.equal(ids, order)]
+        lines.append(f"topk k {k}: {found}")
+    x = draw("normal", 100, 160)
+    want = torch.softmax(x.cuda(), -1).cpu().numpy()
+    off = max(np.abs(softmax_of_warps(a) / b - 1).max() for a, b in zip(x.numpy(), want, strict=True))
+    lines.append(f"softmax by threads, with numpy's exp: off by {off:.1e}")
+    print(*lines, sep="\n")
+    sums, orders = lines[:-1], [line for line in lines if line.startswith("topk")]
+    assert all("sum_halving" in line for line in sums if line.startswith("sum")), sums
+    assert all("network" in line for line in orders), orders
+
+
+if __name__ == "__main__":
+    # The interpreter has no libdevice.
+    libdevice.exp = lambda x: tl.exp(x)
+    # Poisoned, so that an unwritten output cannot pass for one of zeros.
+    empty = torch.empty
+    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(7)
+    for name in KINDS:
+        check_interpreted(name)
+        print(f"{name} passed", flush=True)
