@@ -33,7 +33,7 @@ KINDS = ["normal", "ties", "pairs", "constant", "wide", "tiny", "masked", "broke
 
 
 def draw(kind: str, tokens: int, experts: int, seed: int = 0) -> torch.Tensor:
-    """[tokens, experts] float32, all of them exact in bf16."""
+    """[tokens, experts] float32, all of them exact in bf16, NaN aside."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, experts, generator=generator)
     match kind:
@@ -54,7 +54,9 @@ def draw(kind: str, tokens: int, experts: int, seed: int = 0) -> torch.Tensor:
             rows = torch.arange(tokens)
             x[rows, at] = torch.tensor([torch.nan, torch.inf, 1.0])[rows % 3]
             x[rows % 4 == 3] = -torch.inf
-    return x.bfloat16().float()
+    x = x.bfloat16().float()
+    x[x.isnan()] = torch.tensor(-0x3FFFFF, dtype=torch.int32).view(torch.float32)  # a NaN with sign and payload
+    return x
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
