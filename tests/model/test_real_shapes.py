@@ -111,7 +111,7 @@ def test_layers_stay_close_to_plain(name, tmp_path, monkeypatch):
     pool = KVPool(spec, layout, dict.fromkeys(layout.kinds, count + 1), torch.bfloat16, torch.device("cuda"))
     model = gemma4.Gemma4(spec, weights, 2048)
     routed, routed_plainly = [], []
-    record(monkeypatch, gemma4, "route", routed)
+    record(monkeypatch, gemma4, "select_experts", routed)
     record(monkeypatch, plain, "router", routed_plainly)
     list(plain.residual_stream(spec, weights, ids))
     for layer, w in zip(spec.layers, weights.layers, strict=True):

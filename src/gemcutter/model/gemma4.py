@@ -21,7 +21,7 @@ from gemcutter.ops.logits import logits
 from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rope import rope_table
-from gemcutter.ops.route import route
+from gemcutter.ops.select_experts import select_experts
 from gemcutter.spec import LayerSpec, ModelSpec
 
 
@@ -76,7 +76,8 @@ class Gemma4:
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
         out = F.linear(geglu(F.linear(mlp_in, w.gate_up)), w.down)
         if e is not None:
-            ids, weights = route(router_in, e.router, e.per_expert_scale, layer.experts.top_k)
+            router_logits = F.linear(router_in, e.router)
+            ids, weights = select_experts(router_logits, e.per_expert_scale, layer.experts.top_k)
             out_of_experts = experts(expert_in, ids, weights, e.gate_up, e.down)
             routed = Routed(out_of_experts, e.dense_post_norm, e.post_norm)
         if w.per_layer_input is None:
