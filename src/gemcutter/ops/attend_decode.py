@@ -3,16 +3,15 @@
 Splits are SPLIT keys long and begin at multiples of SPLIT in the sequence. Split s, counted from the first
 one in sight, goes into partial s % MAX_SLOTS; a partial folds its splits in ascending order, and the merge
 takes the partials in ascending order. So a row's bits depend on its sequence alone, and the launch on no
-length that only
-the GPU knows: a CUDA graph captured at one length replays at any.
+length that only the GPU knows: a CUDA graph captured at one length replays at any.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-1e30)  # the maximum of no scores: below each, and x - x is 0 where -inf would give NaN
+from gemcutter.ops.online_softmax import FLOOR, LOG2E, fold
+
 SPLIT = 128  # keys; 26B at batch 1 with 8192 keys then keeps 2 kv heads x 64 splits on 132 SMs
 MAX_SLOTS = 64  # partials of one sequence and head; fp32, so D x 256 bytes
 PROGRAMS = 1056  # wanted in flight, 8 for each of 132 SMs; changes who computes a partial, never its bits
@@ -67,13 +66,7 @@ def _partial_kernel(
             k = tl.load(k_ptr + rows + dims)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = tl.where((key == live)[None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            weight = tl.exp2((scores - new_top[:, None]) * LOG2E)
-            fade = tl.exp2((top - new_top) * LOG2E)
-            total = total * fade + tl.sum(weight, 1)
-            v = tl.load(v_ptr + rows + dims)
-            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-            top = new_top
+            acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, PRECISION)
         at = head * slots + slot
         tl.store(part_ptr + at[:, None] * D + dims, acc, mask=used[:, None])
         tl.store(top_ptr + at, top, mask=used)

@@ -1,17 +1,15 @@
 """Prefill attention on a GPU: flash attention over pages, a KV head's query heads packed into the tile.
 
 Key tiles lie at multiples of BLOCK_N from the sequence's first token, whatever the chunk, and a tile that a
-row
-cannot see leaves its sums as they were: a row's bits depend on its position and its keys, not on chunking or
-company.
+row cannot see leaves its sums as they were: a row's bits depend on its position and its keys, not on chunking
+or company.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-1e30)  # the maximum of no scores: below each, and x - x is 0 where -inf would give NaN
+from gemcutter.ops.online_softmax import FLOOR, fold
 
 
 @triton.jit
@@ -45,15 +43,7 @@ def _attend_tiles(
             if WINDOW > 0:
                 seen = seen & (pos[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # Subtracted first, exactly: s * LOG2E - m * LOG2E would fuse into an FMA in one copy of this loop and
-        # not in another, and a key's weight would depend on the run of tiles it falls into.
-        weight = tl.exp2((scores - new_top[:, None]) * LOG2E)
-        fade = tl.exp2((top - new_top) * LOG2E)
-        total = total * fade + tl.sum(weight, 1)
-        v = tl.load(v_ptr + rows + dims)
-        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        top = new_top
+        acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, PRECISION)
     return acc, top, total
 
 
