@@ -1,19 +1,15 @@
 """The attention kernels: in Triton's interpreter on any machine, compiled on a GPU."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from attend_cases import alone, error, exact, make_case
+from interpreter import interpret
 from test_attend import hf_eager
 
 from gemcutter.ops.attend import attend
 
-HERE = Path(__file__).parent
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # q heads, kv heads, head_dim, window, page size, dtype
@@ -34,11 +30,7 @@ CHUNKS = [(2, 2), (7, 400), (65, 65), (200, 1300), (300, 2100)]
 
 
 def test_kernels_in_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE)])
-    run = subprocess.run(
-        [sys.executable, str(HERE / "interpret_attend.py")], env=env, capture_output=True, text=True, timeout=300
-    )
+    run = interpret("interpret_attend.py")
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -1,15 +1,10 @@
 """The kernels' arithmetic on a CPU: Triton's interpreter against the references.
 
-In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined. float32 and float16 only:
-the interpreter truncates to bf16 instead of rounding.
+float32 and float16 only: the interpreter truncates to bf16 instead of rounding.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from interpreter import interpret
 
 CASES = ["rms_norm", "seams", "geglu", "softcap", "experts"]
 
@@ -17,8 +12,7 @@ CASES = ["rms_norm", "seams", "geglu", "softcap", "experts"]
 @pytest.fixture(scope="module")
 def report() -> str:
     pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    done = interpret(__file__)
     return done.stdout + done.stderr
 
 

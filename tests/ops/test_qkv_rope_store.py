@@ -1,19 +1,14 @@
 """qkv_rope_store: the reference against HF's modules, the kernel against the reference."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpret
 from store_cases import compare, make_store, poisoned
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, apply_rotary_pos_emb
 
 from gemcutter.ops.qkv_rope_store import QkvMode, mode_of, qkv_rope_store, qkv_rope_store_reference
 from gemcutter.spec import Kind, LayerSpec, RopeSpec
-
-HERE = Path(__file__).parent
 
 # heads, kv heads, head_dim, angles, mode
 SHAPES = {
@@ -93,11 +88,7 @@ def test_a_row_of_the_wrong_width_is_our_bug():
 
 
 def test_kernel_in_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE)])
-    run = subprocess.run(
-        [sys.executable, str(HERE / "store_cases.py")], env=env, capture_output=True, text=True, timeout=300
-    )
+    run = interpret("store_cases.py")
     assert run.returncode == 0, run.stdout + run.stderr
 
 

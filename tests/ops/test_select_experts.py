@@ -4,15 +4,11 @@ On a CPU the kernel runs in Triton's interpreter, in a process of its own as in 
 that arithmetic written out below thread by thread; on a GPU against PyTorch itself, bit for bit.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from interpreter import interpret
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 from triton import compile as triton_compile
@@ -177,8 +173,7 @@ def test_orders_differ():
 
 @pytest.fixture(scope="module")
 def report() -> str:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    done = interpret(__file__)
     return done.stdout + done.stderr
 
 
