@@ -16,7 +16,7 @@ SAMPLING = {
     "temperature": (float, "0 is greedy; default: the checkpoint's"),
     "top_p": (float, "keep the likeliest tokens up to this probability, (0, 1]; default: the checkpoint's"),
     "top_k": (int, "keep this many likeliest tokens, 0 keeps all; default: the checkpoint's"),
-    "min_p": (float, "keep tokens at least this share as likely as the likeliest, [0, 1]; default: 0"),
+    "min_p": (float, "keep tokens this share as likely as the likeliest, [0, 1]; default: the checkpoint's"),
     "repetition_penalty": (float, "over 1 makes tokens already seen less likely; default: the checkpoint's"),
     "presence_penalty": (float, "[-2, 2], once for each token generated before; default: 0"),
     "frequency_penalty": (float, "[-2, 2], for each time a token was generated before; default: 0"),

@@ -65,11 +65,6 @@ class Bridge:
     def alive(self) -> bool:
         return not self.gone.done() and self._last_word is None
 
-    @property
-    def flying(self) -> int:
-        """Sequences waiting or running."""
-        return len(self._flights)
-
     def check_room(self, count: int) -> None:
         """Raises ApiError if `count` more sequences are more than the server takes."""
         if count > self._max_flying:
