@@ -1,7 +1,6 @@
 """Selection of experts: the reference against HF, the kernel against PyTorch's CUDA kernels' arithmetic.
 
-On a CPU the kernel runs in Triton's interpreter, in a process of its own as in `test_ops_interpreted.py`, against
-that arithmetic written out below thread by thread; on a GPU against PyTorch itself, bit for bit.
+On a CPU the kernel runs in Triton's interpreter, against that arithmetic written out below thread by thread; on a GPU against PyTorch itself, bit for bit.
 """
 
 import numpy as np
