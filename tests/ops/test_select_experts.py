@@ -1,6 +1,7 @@
 """Selection of experts: the reference against HF, the kernel against PyTorch's CUDA kernels' arithmetic.
 
-On a CPU the kernel runs in Triton's interpreter, against that arithmetic written out below thread by thread; on a GPU against PyTorch itself, bit for bit.
+On a CPU the kernel runs in Triton's interpreter, against that arithmetic written out below thread by thread;
+on a GPU against PyTorch itself, bit for bit.
 """
 
 import numpy as np
