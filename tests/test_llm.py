@@ -275,8 +275,7 @@ def test_closed(llm):
 
 def test_import_is_cheap_and_lazy():
     code = (
-        "import sys, gemcutter; assert 'torch' not in sys.modules;"
-        "gemcutter.LLM; sys.exit('torch' in sys.modules)"
+        "import sys, gemcutter; assert 'torch' not in sys.modules;gemcutter.LLM; sys.exit('torch' in sys.modules)"
     )
     env = {"PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 1

@@ -243,9 +243,7 @@ def _prompt(prompt: Prompt) -> tuple[str | None, str | list[int]]:
         return None, list(prompt["prompt_token_ids"])
     if isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
         return prompt["prompt"], prompt["prompt"]
-    raise TypeError(
-        f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}'
-    )
+    raise TypeError(f'a prompt is a text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, got {prompt!r:.80}')
 
 
 def _bar(wanted: bool) -> Progress:

@@ -88,6 +88,7 @@ def resolve(params: SamplingParams, generation_config: dict) -> SamplingParams:
 
     `do_sample: false` in the checkpoint means greedy, as in HF's generate.
     """
+
     def pick(name: str, neutral: float):
         value = getattr(params, name)
         if value is None:

@@ -25,9 +25,17 @@ def make_spec(pattern: str, sliding_kv: int, full_kv: int, window: int, shared: 
         heads, dim = (full_kv, 512) if kind is FULL else (sliding_kv, 256)
         layers.append(
             LayerSpec(
-                index=index, kind=kind, num_heads=heads, num_kv_heads=heads, head_dim=dim,
-                window=None if kind is FULL else window, rope=RopeSpec(1e4, 8), kv_owner=owner, k_eq_v=False,
-                mlp_width=8, experts=None,
+                index=index,
+                kind=kind,
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_dim=dim,
+                window=None if kind is FULL else window,
+                rope=RopeSpec(1e4, 8),
+                kv_owner=owner,
+                k_eq_v=False,
+                mlp_width=8,
+                experts=None,
             )  # fmt: skip
         )
     return ModelSpec(

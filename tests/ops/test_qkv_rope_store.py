@@ -1,6 +1,5 @@
 """qkv_rope_store: the reference against HF's modules, the kernel against the reference."""
 
-
 import pytest
 import torch
 from interpreter import interpret

@@ -87,9 +87,7 @@ def test_largest_is_the_head_of_a_stable_sort(vocab, n):
 )
 def test_every_quantile_falls_where_the_float64_cdf_says(seed, top_k, top_p, min_p, temperature):
     """Draw at 64 evenly spread uniforms: the tokens drawn and their shares are those of the exact distribution."""
-    params = resolve(
-        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), {}
-    )
+    params = resolve(SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p), {})
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
     batch = SampleBatch.build([SampleRow(params, 0, i, [], []) for i in range(64)], VOCAB, "cpu")
     for part in [batch.shortlist] if batch.shortlist else batch.sort + batch.whole:
@@ -224,9 +222,7 @@ def mixed_rows(count: int) -> list[SampleRow]:
         {"temperature": 1.5, "top_k": 200, "min_p": 0.02, "logprobs": 20},
     ]
     seeds, outputs = rng.integers(2**63, size=count).tolist(), rng.integers(0, 20, (count, 5)).tolist()
-    return [
-        row(seed=seeds[i], index=i, prompt=range(20), output=outputs[i], **kinds[i % 6]) for i in range(count)
-    ]
+    return [row(seed=seeds[i], index=i, prompt=range(20), output=outputs[i], **kinds[i % 6]) for i in range(count)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

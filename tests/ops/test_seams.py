@@ -38,11 +38,11 @@ def norm(weight: torch.Tensor) -> hf.Gemma4RMSNorm:
 
 
 def same(got, want) -> None:
+    """Leaves out what a call without experts or without a next norm does not return."""
+    got = [x for x in got if x is not None]
     for name, (g, w) in enumerate(zip(got, want, strict=True)):
-        assert (g is None) == (w is None)
-        if g is not None:
-            wrong = (g != w) & ~(g.isnan() & w.isnan())
-            assert g.dtype == w.dtype and not wrong.any(), f"output {name}: {wrong.sum()} of {g.numel()} differ"
+        wrong = (g != w) & ~(g.isnan() & w.isnan())
+        assert g.dtype == w.dtype and not wrong.any(), f"output {name}: {wrong.sum()} of {g.numel()} differ"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,7 +55,7 @@ def test_attention_seam_is_hf(tokens, dtype, hf_sums_as_we_do):
     router_in = router.norm(hidden) * scale * router.scalar_root_size
     want = hidden, norm(pre)(hidden), norm(expert_pre)(hidden), router_in
     same(attention_seam(attended, residual, post, pre, EPS, expert_pre, scale), want)
-    same(attention_seam(attended, residual, post, pre, EPS), (*want[:2], None, None))
+    same(attention_seam(attended, residual, post, pre, EPS), want[:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +67,7 @@ def test_layer_seam_is_hf(tokens, dtype, hf_sums_as_we_do):
     for experts in (None, Routed(routed, dense_post, expert_post)):
         branch = out if experts is None else norm(dense_post)(out) + norm(expert_post)(routed)
         hidden = residual + norm(post)(branch)
-        same(layer_seam(out, residual, post, EPS, routed=experts), (hidden, None))
+        same(layer_seam(out, residual, post, EPS, routed=experts), [hidden])
         hidden = hidden * scalar
         want = hidden, norm(following)(hidden)
         same(layer_seam(out, residual, post, EPS, scalar, following, experts), want)
@@ -82,13 +82,13 @@ def test_gpu_kernels_have_the_references_bits(width, dtype):
     for tokens in (0, 1, 2, 7, 64, 257, 1024):
         out, residual, routed = (rows(tokens, width, dtype, seed, "cuda") for seed in (3, 4, 5))
         wide = torch.cat([out, out], 1)[:, :width]  # rows further apart than their width
-        for extra in ((), (b, c)):
+        for extra in ((None, None), (b, c)):
             got = attention_seam(wide, residual, post, a, EPS, *extra)
             same(got, attention_seam_reference(out, residual, post, a, EPS, *extra))
         for last in ((None, None), (scalar, a)):
             for experts in (None, Routed(routed, b, c)):
-                args = out, residual, post, EPS, *last, experts
-                got = layer_seam(*args)
-                same(got, layer_seam_reference(*args))
+                got = layer_seam(out, residual, post, EPS, *last, experts)
+                flat = experts or (None, None, None)
+                same(got, layer_seam_reference(out, residual, post, EPS, *last, *flat))
     alone = Routed(routed[5:6].contiguous(), b, c)
     same(layer_seam(out[5:6], residual[5:6], post, EPS, scalar, a, alone), [x[5:6] for x in got])

@@ -88,9 +88,7 @@ class Gemma4:
         injected = F.linear(gated, w.per_layer_input.projection)
         return layer_seam(injected, hidden, w.per_layer_input.post_norm, eps, w.scalar, next_norm)
 
-    def _attention(
-        self, layer: LayerSpec, w: LayerWeights, x: Tensor, batch: StepBatch, pool: KVPool
-    ) -> Tensor:
+    def _attention(self, layer: LayerSpec, w: LayerWeights, x: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
         """Project, norm and rotate q, write K/V of the new tokens to their slots, attend over the pages."""
         where = batch.kinds[layer.kind]
         k_cache, v_cache = pool.k(layer.index), pool.v(layer.index)
@@ -118,4 +116,3 @@ class Gemma4:
         identity = embed(batch.token_ids, w.embed, spec.ple_width**0.5).view(shape)
         context = F.linear(hidden, w.projection) * spec.hidden**-0.5
         return (rms_norm(context.view(shape), w.projection_norm, spec.eps) + identity) * 2.0**-0.5
-

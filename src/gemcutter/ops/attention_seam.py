@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.library import define
 from gemcutter.ops.mean_square import mean_square
 from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
 
@@ -30,24 +32,38 @@ def attention_seam(
     """One launch on a GPU.
 
     Args:
-        attended: [T, H], out of o_proj; rows contiguous, row stride free. T may be 0.
+        attended: [T, H] of float32, bfloat16 or float16, out of o_proj; dense rows, row stride free. T may be 0.
         residual: [T, H], likewise.
-        post, pre, expert_pre, router_scale: [H] of the same dtype; the last two together or not at all.
+        post, pre, expert_pre, router_scale: [H]; the last two together or not at all.
 
     Returns:
         hidden, mlp_in, expert_in, router_in: [T, H] each; the last two None without experts.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    run = attention_seam_reference if attended.is_cpu else attention_seam_launch
-    return run(attended, residual, post, pre, eps, expert_pre, router_scale)
+    hidden, mlp_in, *more = _attention_seam(attended, residual, post, pre, eps, expert_pre, router_scale)
+    return hidden, mlp_in, *(more or (None, None))
 
 
-def attention_seam_reference(attended, residual, post, pre, eps, expert_pre=None, router_scale=None):
+def check_attention_seam(attended, residual, post, pre, eps, expert_pre, router_scale) -> None:
+    check_matrix("attended", attended)
+    check_matrix("residual", residual, like=attended)
+    if (expert_pre is None) != (router_scale is None):
+        raise ValueError("expert_pre and router_scale come together: one of them is None")
+    named = dict(post=post, pre=pre, expert_pre=expert_pre, router_scale=router_scale)
+    for name, weight in named.items():
+        if weight is not None:
+            check_weight(name, weight, attended.shape[1], attended)
+
+
+def attention_seam_reference(attended, residual, post, pre, eps, expert_pre, router_scale) -> list[torch.Tensor]:
     hidden = residual + rms_norm_reference(attended, post, eps)
     mlp_in = rms_norm_reference(hidden, pre, eps)
     if expert_pre is None:
-        return hidden, mlp_in, None, None
+        return [hidden, mlp_in]
     router_in = rms_norm_reference(hidden, None, eps) * router_scale * hidden.shape[-1] ** -0.5
-    return hidden, mlp_in, rms_norm_reference(hidden, expert_pre, eps), router_in
+    return [hidden, mlp_in, rms_norm_reference(hidden, expert_pre, eps), router_in]
 
 
 @triton.jit
@@ -79,18 +95,23 @@ def _attention_seam_kernel(
         tl.store(router_in_ptr + out, (scaled * root).to(dtype), mask=inside)
 
 
-def attention_seam_launch(attended, residual, post, pre, eps, expert_pre=None, router_scale=None):
+def attention_seam_launch(attended, residual, post, pre, eps, expert_pre, router_scale) -> list[torch.Tensor]:
     tokens, width = attended.shape
-    assert residual.shape == attended.shape, f"residual {residual.shape}, attended {attended.shape}"
-    assert attended.stride(1) == residual.stride(1) == 1, "rows must be contiguous"
     with_experts = expert_pre is not None
-    hidden = torch.empty(tokens, width, dtype=attended.dtype, device=attended.device)
-    mlp_in = torch.empty_like(hidden)
-    expert_in, router_in = (torch.empty_like(hidden) if with_experts else None for _ in range(2))
+    outs = [
+        torch.empty_like(attended, memory_format=torch.contiguous_format) for _ in range(4 if with_experts else 2)
+    ]
     if tokens:
         _attention_seam_kernel[(tokens,)](
-            attended, residual, post, pre, expert_pre, router_scale, hidden, mlp_in, expert_in, router_in,
+            attended, residual, post, pre, expert_pre, router_scale, *outs, *[None] * (4 - len(outs)),
             attended.stride(0), residual.stride(0), eps, width**-0.5,
             H=width, EXPERTS=with_experts, **row_tile(width),
         )  # fmt: skip
-    return hidden, mlp_in, expert_in, router_in
+    return outs
+
+
+_attention_seam = define(
+    "attention_seam(Tensor attended, Tensor residual, Tensor post, Tensor pre, float eps,"
+    " Tensor? expert_pre, Tensor? router_scale) -> Tensor[]",
+    check=check_attention_seam, reference=attention_seam_reference, launch=attention_seam_launch,
+)  # fmt: skip

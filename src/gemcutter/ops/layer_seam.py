@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.library import define
 from gemcutter.ops.mean_square import mean_square
 from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
 
@@ -22,7 +24,7 @@ from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
 class Routed(NamedTuple):
     """The experts' branch: what they return, and the norms that only layers with experts have."""
 
-    out: torch.Tensor  # [T, H]
+    out: torch.Tensor  # [T, H], dense
     dense_post: torch.Tensor  # [H]
     expert_post: torch.Tensor  # [H]
 
@@ -39,28 +41,48 @@ def layer_seam(
     """One launch on a GPU.
 
     Args:
-        out: [T, H], the branch; contiguous rows, row stride free. T may be 0.
+        out: [T, H] of float32, bfloat16 or float16, the branch; dense rows, row stride free. T may be 0.
         residual: [T, H], likewise.
         post: [H].
         scalar: [1] and next_norm: [H], together or not at all.
 
     Returns:
         hidden, next_in: [T, H] each; next_in None without next_norm.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    assert (scalar is None) == (next_norm is None), "scalar and next_norm come together"
-    run = layer_seam_reference if out.is_cpu else layer_seam_launch
-    return run(out, residual, post, eps, scalar, next_norm, routed)
+    hidden, *next_in = _layer_seam(out, residual, post, eps, scalar, next_norm, *(routed or (None, None, None)))
+    return hidden, next_in[0] if next_in else None
 
 
-def layer_seam_reference(out, residual, post, eps, scalar=None, next_norm=None, routed=None):
+def check_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post) -> None:
+    check_matrix("out", out)
+    check_matrix("residual", residual, like=out)
+    if (scalar is None) != (next_norm is None):
+        raise ValueError("scalar and next_norm come together: one of them is None")
+    if scalar is not None:
+        check_weight("scalar", scalar, 1, out)
     if routed is not None:
-        experts = rms_norm_reference(routed.out, routed.expert_post, eps)
-        out = rms_norm_reference(out, routed.dense_post, eps) + experts
+        check_matrix("routed.out", routed, like=out)
+        if not routed.is_contiguous():
+            raise ValueError(f"routed.out has strides {routed.stride()}: it must be dense; call .contiguous()")
+    named = dict(post=post, next_norm=next_norm, dense_post=dense_post, expert_post=expert_post)
+    for name, weight in named.items():
+        if weight is not None:
+            check_weight(name, weight, out.shape[1], out)
+
+
+def layer_seam_reference(
+    out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post
+) -> list[torch.Tensor]:
+    if routed is not None:
+        out = rms_norm_reference(out, dense_post, eps) + rms_norm_reference(routed, expert_post, eps)
     hidden = residual + rms_norm_reference(out, post, eps)
     if next_norm is None:
-        return hidden, None
+        return [hidden]
     hidden = hidden * scalar
-    return hidden, rms_norm_reference(hidden, next_norm, eps)
+    return [hidden, rms_norm_reference(hidden, next_norm, eps)]
 
 
 @triton.jit
@@ -96,18 +118,24 @@ def _layer_seam_kernel(
     tl.store(hidden_ptr + at, hidden, mask=inside)
 
 
-def layer_seam_launch(out, residual, post, eps, scalar=None, next_norm=None, routed=None):
+def layer_seam_launch(
+    out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post
+) -> list[torch.Tensor]:
     tokens, width = out.shape
-    assert residual.shape == out.shape, f"residual {residual.shape}, branch {out.shape}"
-    assert out.stride(1) == residual.stride(1) == 1, "rows must be contiguous"
-    experts = Routed(None, None, None) if routed is None else routed
-    assert routed is None or routed.out.is_contiguous(), "the experts' output must be contiguous"
-    hidden = torch.empty(tokens, width, dtype=out.dtype, device=out.device)
-    next_in = None if next_norm is None else torch.empty_like(hidden)
+    outs = [
+        torch.empty_like(out, memory_format=torch.contiguous_format) for _ in range(1 if next_norm is None else 2)
+    ]
     if tokens:
         _layer_seam_kernel[(tokens,)](
-            out, residual, post, scalar, next_norm, experts.out, experts.dense_post, experts.expert_post,
-            hidden, next_in, out.stride(0), residual.stride(0), eps,
+            out, residual, post, scalar, next_norm, routed, dense_post, expert_post,
+            outs[0], outs[-1], out.stride(0), residual.stride(0), eps,
             H=width, EXPERTS=routed is not None, LAST=next_norm is not None, **row_tile(width),
         )  # fmt: skip
-    return hidden, next_in
+    return outs
+
+
+_layer_seam = define(
+    "layer_seam(Tensor out, Tensor residual, Tensor post, float eps, Tensor? scalar, Tensor? next_norm,"
+    " Tensor? routed, Tensor? dense_post, Tensor? expert_post) -> Tensor[]",
+    check=check_layer_seam, reference=layer_seam_reference, launch=layer_seam_launch,
+)  # fmt: skip

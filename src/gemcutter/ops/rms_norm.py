@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.arguments import check_rows, check_weight
+from gemcutter.ops.library import define
 from gemcutter.ops.mean_square import mean_square, mean_square_reference
 
 
@@ -15,15 +17,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
     """Normalise each row.
 
     Args:
-        x: [..., H], any float dtype, at most 3 dims on a GPU; the last dim contiguous, other strides free.
-        weight: [H] contiguous, or None.
+        x: [..., H] of float32, bfloat16 or float16, up to 3 dims; rows dense, other strides free.
+        weight: [H] of x's dtype, dense, or None.
+        eps: added to the mean square.
 
     Returns:
-        [..., H] of x's dtype, contiguous on a GPU.
+        [..., H] of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    if x.is_cpu:
-        return rms_norm_reference(x, weight, eps)
-    return rms_norm_launch(x, weight, eps)
+    return _rms_norm(x, weight, eps)
+
+
+def check_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> None:
+    check_rows("x", x)
+    if x.ndim > 3:
+        raise ValueError(f"x has {x.ndim} dims, {tuple(x.shape)}: up to 3 are taken; flatten the outer ones")
+    if weight is not None:
+        check_weight("weight", weight, x.shape[-1], x)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -52,8 +64,6 @@ def _rms_norm_kernel(
 
 def rms_norm_launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     width = x.shape[-1]
-    assert x.ndim <= 3 and x.stride(-1) == 1, f"want <= 3 dims, rows contiguous; got {x.shape} {x.stride()}"
-    assert weight is None or (weight.shape == (width,) and weight.is_contiguous()), f"want weight [{width}]"
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = y.numel() // width
     if rows == 0:
@@ -74,3 +84,9 @@ def row_tile(width: int) -> dict[str, int]:
     """
     block = triton.next_power_of_2(width)
     return dict(BLOCK=block, num_warps=min(8, max(1, block // 512)), enable_fp_fusion=False)
+
+
+_rms_norm = define(
+    "rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor",
+    check=check_rms_norm, reference=rms_norm_reference, launch=rms_norm_launch,
+)  # fmt: skip

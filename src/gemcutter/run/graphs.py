@@ -76,9 +76,7 @@ def _empty_decode_batch(
         kv_len=zeros(size, dtype=torch.int32) + 1,
         logit_rows=torch.arange(size, device=device),
         kinds={
-            kind: KindBatch(
-                pages=zeros(size, max_pages, dtype=torch.int32), slots=zeros(size, dtype=torch.int64)
-            )
+            kind: KindBatch(pages=zeros(size, max_pages, dtype=torch.int32), slots=zeros(size, dtype=torch.int64))
             for kind in kinds
         },
         num_decodes=size,
