@@ -8,10 +8,10 @@ import os
 import sys
 
 import gemcutter
-from gemcutter.cli import chat, generate, info, serve
+from gemcutter.cli import bench, chat, generate, info, serve
 from gemcutter.cli.flags import Parser
 
-COMMANDS = {"generate": generate, "chat": chat, "serve": serve, "info": info}
+COMMANDS = {"generate": generate, "chat": chat, "serve": serve, "info": info, "bench": bench}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""How fast things are, held against the bytes that must move and against what others do."""
