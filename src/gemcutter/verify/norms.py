@@ -1,0 +1,61 @@
+"""Cases of the norm and of both seams."""
+
+from gemcutter.ops.attention_seam import attention_seam_launch, attention_seam_reference
+from gemcutter.ops.layer_seam import layer_seam_launch, layer_seam_reference
+from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
+from gemcutter.verify.case import Case
+from gemcutter.verify.shapes import EPS, MODELS, PER_LAYER, Model
+
+
+def norm_cases() -> list[Case]:
+    cases = [_norm(f"{model.name} hidden {model.hidden}", model.hidden) for model in MODELS]
+    cases += [_norm(f"head {head_dim}", 16, head_dim) for head_dim in (512, 256, 128)]
+    cases.append(_norm(f"head {256} no weight", 16, 256, weighted=False))
+    cases.append(_norm(f"E4B per-layer {PER_LAYER}", 42, PER_LAYER))
+    for model in MODELS:
+        cases.append(_attention_seam(model))
+        if model.per_layer:  # before and after the per-layer input
+            cases.append(_layer_seam(model, last=False))
+        cases.append(_layer_seam(model, last=True))
+    return cases
+
+
+def _norm(shape: str, *dims: int, weighted: bool = True) -> Case:
+    size = 2
+    for dim in dims:
+        size *= dim
+    return Case(
+        "rms_norm", shape,
+        lambda draw: (draw.rows(*dims), draw.weight(dims[-1]) if weighted else None, EPS),
+        rms_norm_launch, rms_norm_reference,
+        lambda rows: 2 * rows * size + weighted * 2 * dims[-1],
+    )  # fmt: skip
+
+
+def _attention_seam(model: Model) -> Case:
+    width, routed = model.hidden, model.experts is not None
+
+    def arguments(draw):
+        more = (draw.weight(width), draw.weight(width)) if routed else (None, None)
+        return draw.rows(width), draw.rows(width), draw.weight(width), draw.weight(width), EPS, *more
+
+    return Case(
+        "attention_seam", f"{model.name} hidden {width}{' experts' * routed}", arguments,
+        attention_seam_launch, attention_seam_reference,
+        lambda rows: ((6 if routed else 4) * rows + (4 if routed else 2)) * width * 2,
+    )  # fmt: skip
+
+
+def _layer_seam(model: Model, last: bool) -> Case:
+    width, routed = model.hidden, model.experts is not None
+
+    def arguments(draw):
+        closing = (draw.weight(1), draw.weight(width)) if last else (None, None)
+        more = (draw.rows(width), draw.weight(width), draw.weight(width)) if routed else (None, None, None)
+        return draw.rows(width), draw.rows(width), draw.weight(width), EPS, *closing, *more
+
+    form = " experts" * routed + (" to the next layer" if last else " before the per-layer input")
+    return Case(
+        "layer_seam", f"{model.name} hidden {width}{form}", arguments, layer_seam_launch, layer_seam_reference,
+        lambda rows: ((3 + last + routed) * rows + 1 + last + 2 * routed) * width * 2,
+    )  # fmt: skip
