@@ -17,6 +17,8 @@ class Case:
     reference: Callable
     bytes_moved: Callable[[int], int]  # of so many rows in bfloat16: inputs read once, results written once
     writes: tuple[int, ...] = ()  # arguments that the op changes
+    # Where PyTorch's arithmetic on a CPU is not its CUDA kernels': the latter written out, for the interpreter.
+    stand_in: Callable | None = None
     dtype: torch.dtype = torch.bfloat16
 
     def make(self, rows: int, kind: Kind, device: torch.device | str) -> tuple:

@@ -1,7 +1,7 @@
 """Triton's interpreter with the arithmetic of a GPU, for kernels that run where there is none.
 
-As it comes (3.6 to 3.9) it truncates float32 to bfloat16, so that half of all casts differ from PyTorch's and from the
-card's, and it has no libdevice.
+As it comes (3.6 to 3.9) it truncates float32 to bfloat16, so that half of all casts differ from PyTorch's and from
+the card's, and it has no libdevice.
 """
 
 import functools

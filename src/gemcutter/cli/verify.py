@@ -1,0 +1,107 @@
+"""Compare every kernel's results with its reference's, bit for bit.
+
+On a GPU the kernels run there, at every released shape, on up to 8192 rows. Without one the same kernels run in
+Triton's interpreter, on few rows. NaN equals NaN, -0.0 is not 0.0. The last line is JSON; status 1 says that an
+element differs.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from gemcutter.cli.flags import Parser
+
+INTERPRETED_ROWS = (0, 1, 3)
+WIDTH = 116  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
+    parser.add_argument("--shape", metavar="TEXT", help="only shapes whose name holds this, such as 26B-A4B")
+    parser.add_argument(
+        "--rows", action="append", type=_count, metavar="N", help="only this number of rows; may be given again"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch  # seconds, for which no --help should wait
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, by the imports below
+        torch.set_num_threads(1)  # PyTorch's scalar code, where threads cut a row, has other bits
+    from gemcutter.verify.cases import all_cases
+    from gemcutter.verify.check import check
+    from gemcutter.verify.inputs import ROWS, Kind
+
+    cases = all_cases()
+    ops, shapes = sorted({case.op for case in cases}), args.shape or ""
+    for op in args.op or ():
+        if op not in ops:
+            args.parser.error(f"no op {op!r}; there are {', '.join(ops)}")
+    chosen = [case for case in cases if case.op in (args.op or ops) and shapes in case.shape]
+    if not chosen:
+        args.parser.error(f"no shape of {', '.join(args.op or ops)} holds {shapes!r}; leave --shape out to see all")
+    if not on_gpu:
+        from gemcutter.verify.interpreter import install
+
+        install()
+    rows = sorted(set(args.rows or (ROWS if on_gpu else INTERPRETED_ROWS)))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("verify", total=len(chosen) * len(rows) * len(Kind))
+        results = []
+        for case in chosen:
+            progress.update(task, description=case.op)
+            results.append(check(case, rows, device, lambda: progress.advance(task)))
+    where = torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter"
+    _print(results, where, rows, [kind.value for kind in Kind], on_gpu)
+    return 0 if all(result.passed for result in results) else 1
+
+
+def _print(results: Sequence, where: str, rows: list[int], kinds: list[str], on_gpu: bool) -> None:
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    console.print(f"{where}, rows {' '.join(map(str, rows))}, inputs {', '.join(kinds)}", highlight=False)
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("op", "shape", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("compared", "different"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("note")
+    records = []
+    for result in results:
+        case = result.case
+        dtype = str(case.dtype).removeprefix("torch.")
+        notes = ["against CUDA's arithmetic, written out"] if case.stand_in and not on_gpu else []
+        if result.left_out:
+            notes.append(f"no memory for rows {' '.join(map(str, result.left_out))}")
+        table.add_row(case.op, case.shape, dtype, f"{result.compared}", f"{result.different}", "; ".join(notes))
+        record = dict(op=case.op, shape=case.shape, dtype=dtype)
+        record |= dict(compared=result.compared, different=result.different)
+        records.append(record | dict(failures=result.failures, left_out=result.left_out))
+    console.print(table, markup=False, highlight=False)
+    for record in records:
+        for failure in record["failures"]:
+            at = f"{record['op']} {record['shape']} {record['dtype']} rows {failure['rows']} {failure['kind']}"
+            says = failure.get("raised") or f"{failure['different']} elements differ"
+            console.print(f"{at}: {says}", markup=False, highlight=False)
+    totals = {name: sum(record[name] for record in records) for name in ("compared", "different")}
+    print(json.dumps(dict(device=where, rows=rows, **totals, cases=records)), flush=True)
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be a number of rows, 0 or more, got {text}")
+    return number
