@@ -55,7 +55,7 @@ class Attention:
         )
 
     def _enter(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        """q, k and v as HF's attention takes them, [B, heads, S, D]; k and v None where they are another layer's."""
+        """q, k and v as HF's attention takes them, [B, heads, S, D]; k and v None if they are another layer's."""
         batch, length = x.shape[:2]
         tokens, head_dim = batch * length, self.head_dim
         parts = [self.q_proj(x)]
@@ -81,6 +81,4 @@ class Attention:
             qkv.view(tokens, -1), self.q_norm.weight, k_norm, cos, sin, positions, self.q_norm.eps,
             num_heads, kv_heads, k, v, slots, mode,
         )  # fmt: skip
-        return [
-            each if each is None else each.view(batch, length, -1, head_dim).transpose(1, 2) for each in (q, k, v)
-        ]
+        return [x if x is None else x.view(batch, length, -1, head_dim).transpose(1, 2) for x in (q, k, v)]

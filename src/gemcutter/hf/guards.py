@@ -11,7 +11,7 @@ def takes_ops(module: nn.Module, x: torch.Tensor, *weights: torch.Tensor | None)
     """Whether the ops can take a module's place for this call.
 
     Not in training, nor while a gradient is recorded: the ops have none. Not under autocast, which hands a module
-    several dtypes. Not on another GPU than the current one, where Triton launches. Not on subclasses of Tensor
+    several dtypes. Not on another GPU than the current one, where Triton would launch. Not on subclasses of Tensor
     (DTensor), for which no op is registered.
 
     Args:
@@ -20,7 +20,9 @@ def takes_ops(module: nn.Module, x: torch.Tensor, *weights: torch.Tensor | None)
     """
     if module.training or type(x) is not torch.Tensor or x.dtype not in FLOATS or x.stride(-1) != 1:
         return False
-    if torch.is_autocast_enabled(x.device.type) or (x.is_cuda and x.device.index != torch.cuda.current_device()):
+    if x.device.type not in ("cpu", "cuda") or (x.is_cuda and x.device.index != torch.cuda.current_device()):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False

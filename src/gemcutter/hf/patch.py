@@ -1,7 +1,7 @@
 """Patching: modules of a loaded `transformers` model take a subclass of their own class, whose forward runs ops.
 
-Nothing is added to a module, so weights, hooks, names, copies and pickles stay what they were; unpatching gives each
-its class back.
+Nothing is added to a module, so weights, hooks, names and copies stay what they were, and a model is freed as before
+(a bound method kept in its own module would be a cycle, and hold GPU memory till the next collection).
 """
 
 from typing import TypeVar
@@ -82,8 +82,8 @@ def patch(model: Model) -> Model:
     for name, module in modules.items():
         if type(module) in OURS and "forward" in vars(module):
             raise RuntimeError(
-                f"{name} has a forward of its own, {vars(module)['forward']!r}, which a patch would not reach. If it is"
-                " accelerate's, load the model onto one device, as with device_map={'': 'cuda:0'}"
+                f"{name} has a forward of its own, which a patch would not reach: {vars(module)['forward']!r}."
+                " If it is accelerate's, load the model onto one device, as with device_map={'': 'cuda:0'}"
             )
     for module in modules.values():
         module.__class__ = OURS.get(type(module), type(module))
