@@ -13,6 +13,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def hf_sums_as_we_do(monkeypatch):
+    """HF with our sum of squares: what remains of a comparison is every other operation and rounding."""
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+    from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedRMSNorm
+
+    from gemcutter.ops.mean_square import mean_square_reference
+
+    def norm(self, x):
+        return x * torch.pow(mean_square_reference(x) + self.eps, -0.5)
+
+    monkeypatch.setattr(Gemma4RMSNorm, "_norm", norm)
+    monkeypatch.setattr(Gemma4UnifiedRMSNorm, "_norm", norm)
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave GPU tests out where there is none, however they were asked for."""
     if not torch.cuda.is_available():
