@@ -1,11 +1,11 @@
-"""Measure: ops against their floors and peers."""
+"""Measure: ops against their floors and peers, servers under load."""
 
 import argparse
 
-from gemcutter.cli import bench_ops
+from gemcutter.cli import bench_ops, bench_serve
 from gemcutter.cli.flags import Parser
 
-SUBJECTS = {"ops": bench_ops}
+SUBJECTS = {"ops": bench_ops, "serve": bench_serve}
 
 
 def add_arguments(parser: Parser) -> None:
