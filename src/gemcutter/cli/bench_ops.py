@@ -1,21 +1,73 @@
-"""Time every op at the released shapes, against its floor and its peers' kernels; needs a GPU."""
+"""Time every op at the released shapes, against its floor and its peers' kernels; needs a GPU.
+
+A row is timed only after the kernel's results equal its reference's, bit for bit, on every kind of input; otherwise
+it says REFUSED, and the status is 1. Peers are what is installed of SGLang's and vLLM's kernels. Floor: the bytes
+that must move, at the bandwidth of a copy, and an empty kernel. x: the best peer's time over ours. The last line is
+JSON.
+"""
 
 import argparse
+import json
+
+from rich.console import Console
+from rich.progress import Progress
 
 from gemcutter.cli.flags import Parser
 
 ROWS = (1, 8, 64, 256, 1024, 8192)
+WIDTH = 132  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
-    parser.add_argument("--shape", action="append", metavar="TEXT", help="only shapes with this text in their name")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="INT", help="rows that run together")
+    parser.add_argument("--shape", metavar="TEXT", help="only shapes whose name holds this, such as 26B-A4B")
+    parser.add_argument(
+        "--rows", action="append", type=_count, metavar="N", help="only this number of rows; may be given again"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
+    import torch  # seconds, for which no --help should wait
 
     if not torch.cuda.is_available():
         args.parser.error("it times kernels, and PyTorch finds no GPU here; run it on a machine with one")
-    raise NotImplementedError("the table follows")
+    from gemcutter.bench import report
+    from gemcutter.bench.ops import measure
+    from gemcutter.bench.timing import measure_ceiling
+    from gemcutter.verify.cases import all_cases
+
+    cases = [case for case in all_cases() if case.dtype is torch.bfloat16]
+    ops = sorted({case.op for case in cases})
+    for op in args.op or ():
+        if op not in ops:
+            args.parser.error(f"no op {op!r}; there are {', '.join(ops)}")
+    cases = [case for case in cases if case.op in (args.op or ops) and (args.shape or "") in case.shape]
+    if not cases:
+        args.parser.error(
+            f"no shape of {', '.join(args.op or ops)} holds {args.shape!r}; leave --shape out to see all"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    ceiling = measure_ceiling()
+    console.print(report.ceiling_line(ceiling, properties.name), highlight=False, markup=False)
+    counts = sorted(set(args.rows or ROWS))
+    rows = []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("bench", total=len(cases) * len(counts))
+        for case in cases:
+            progress.update(task, description=case.op)
+            for count in counts:
+                rows.append(measure(case, count, ceiling, device, properties.L2_cache_size))
+                progress.advance(task)
+    for part in (report.rows_table(rows), *report.notes(rows), report.ops_table(rows)):
+        console.print(part, highlight=False, markup=False)
+    print(json.dumps(report.as_json(rows, ceiling, properties.name)), flush=True)
+    return 1 if any(row.refused for row in rows) else 0
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a number of rows, 1 or more, got {text}")
