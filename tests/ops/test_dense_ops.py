@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
-from gemcutter.ops.embed import embed
-from gemcutter.ops.geglu import geglu, geglu_reference
-from gemcutter.ops.logits import logits, softcap_launch_, softcap_reference
+from gemcutter.ops.embed import embed, embed_reference
+from gemcutter.ops.geglu import geglu, geglu_reference, gelu_mul, gelu_mul_reference
+from gemcutter.ops.logits import logits, softcap_, softcap_reference_
 from gemcutter.ops.rms_norm import rms_norm, rms_norm_reference
 from gemcutter.ops.select_experts import select_experts
+from gemcutter.verify.compare import count_differing
 
 DTYPES = [torch.float32, torch.bfloat16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -41,6 +42,41 @@ def test_geglu_is_hf(shape, dtype):
     gate, up = randn(rows, width, dtype=dtype, scale=3), randn(rows, width, dtype=dtype, seed=1)
     act = hf.ACT2FN["gelu_pytorch_tanh"]
     assert torch.equal(geglu(torch.cat([gate, up], -1)), act(gate) * up)
+    layers = torch.stack([gate, up, gate], 1)  # as per-layer inputs lie: [T, L, P]
+    assert torch.equal(gelu_mul(gate, layers[:, 1]), act(gate) * up)
+
+
+def test_dense_ops_refuse():
+    x, ids = randn(4, 64), torch.tensor([0, 1])
+    for call, error, message in (
+        (lambda: geglu(x.double()), TypeError, "gate_up is torch.float64"),
+        (lambda: geglu(x[:, :63]), ValueError, "63 columns"),
+        (lambda: geglu(x.T), ValueError, "contiguous"),
+        (lambda: geglu(x[0]), ValueError, "two dims"),
+        (lambda: gelu_mul(x, x[:2]), ValueError, r"up has shape \(2, 64\): \(4, 64\) is needed"),
+        (lambda: gelu_mul(x, x.half()), TypeError, "up is torch.float16"),
+        (lambda: embed(ids.int(), x, 8.0), TypeError, "token_ids are torch.int32"),
+        (lambda: embed(ids[None], x, 8.0), ValueError, "flatten"),
+        (lambda: embed(ids, x.T, 8.0), ValueError, "table has strides"),
+        (lambda: softcap_(x.T, 30.0), ValueError, "must be dense"),
+        (lambda: softcap_(x.int(), 30.0), TypeError, "x is torch.int32"),
+        (lambda: softcap_(x, 0.0), ValueError, "cap is 0.0"),
+        (lambda: softcap_(x, float("nan")), ValueError, "cap is nan"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    ops, x = torch.ops.gemcutter, randn(4, 64, dtype=dtype)
+    for op, args in (
+        (ops.geglu, (x,)),
+        (ops.gelu_mul, (x, torch.stack([x, x], 1)[:, 1])),
+        (ops.embed, (torch.tensor([3, 0]), x, 64**0.5)),
+        (ops.softcap_, (x, 30.0)),
+    ):
+        torch.library.opcheck(op.default, args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,8 +148,8 @@ def every_value(dtype) -> torch.Tensor:
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> None:
-    wrong = (got != want) & ~(got.isnan() & want.isnan())
-    assert got.dtype == want.dtype and not wrong.any(), f"{wrong.sum()} of {wrong.numel()} differ"
+    wrong = count_differing(got, want)
+    assert not wrong, f"{wrong} of {want.numel()} differ"
 
 
 @pytest.mark.gpu
@@ -123,16 +159,49 @@ def test_gpu_geglu(dtype):
     for up in (torch.ones_like(gate), randn(len(gate), dtype=dtype, seed=1, device="cuda")):
         x = torch.cat([gate, up])[None]
         same(geglu(x), geglu_reference(x))
-    for rows, width in ((0, 704), (1, 704), (300, 2112), (7, 21504)):
+    for rows, width in ((0, 704), (1, 704), (300, 2112), (7, 21504), (5, 33)):
         x = randn(rows, 2 * width, dtype=dtype, scale=3, device="cuda")
         same(geglu(x), geglu_reference(x))
+        layers = randn(rows, 3, width, dtype=dtype, seed=2, device="cuda")
+        gate, up = x[:, :width].contiguous(), layers[:, 1]
+        same(gelu_mul(gate, up), gelu_mul_reference(gate, up))
+        same(gelu_mul(gate[3:4], up[3:4]), gelu_mul(gate, up)[3:4])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_gpu_softcap(dtype):
-    x = every_value(dtype)
-    same(softcap_launch_(x.clone(), 30.0), softcap_reference(x, 30.0))
+    for cap in (30.0, 50.0, 0.3):
+        x = every_value(dtype)
+        want = x.clone()
+        softcap_reference_(want, cap)
+        softcap_(x, cap)
+        same(x, want)
     hidden = randn(6, 64, dtype=dtype, scale=3, device="cuda")
     head = randn(5003, 64, dtype=dtype, seed=1, device="cuda")
-    same(logits(hidden, head, 30.0), softcap_reference(F.linear(hidden, head), 30.0))
+    want = F.linear(hidden, head)
+    softcap_reference_(want, 30.0)
+    same(logits(hidden, head, 30.0), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_gpu_embed(dtype):
+    for width in (33, 256, 1536, 2816, 5376, 35 * 256):
+        wide = randn(300, width + 8, dtype=dtype, scale=3, device="cuda")
+        wide[7], wide[8], wide[9] = float("inf"), -0.0, torch.finfo(dtype).tiny / 4
+        for table in (wide[:, :width], wide[:, :width].contiguous()):
+            for rows in (0, 1, 5, 700):
+                ids = torch.randint(300, (rows,), device="cuda")
+                ids[:3] = torch.tensor([7, 8, 9], device="cuda")[:rows]
+                same(embed(ids, table, width**0.5), embed_reference(ids, table, width**0.5))
+
+
+@pytest.mark.gpu
+def test_gpu_embed_past_int32():
+    """Per-layer embeddings of E4B: 262144 rows of 10752 are 2.8e9 elements."""
+    table = torch.empty(262_144, 10_752, dtype=torch.bfloat16, device="cuda")
+    ids = torch.tensor([0, 262_143, 199_999, 200_000, 131_072], device="cuda")
+    for seed, row in enumerate(ids.tolist()):
+        table[row] = randn(10_752, seed=seed, dtype=torch.bfloat16, device="cuda")
+    same(embed(ids, table, 16.0), table[ids] * 16.0)

@@ -65,6 +65,32 @@ def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype):
         assert error(want, exact(x, ids, weights, gate_up, down)) < (1e-6 if dtype == torch.float32 else 0.01)
 
 
+def test_refusals():
+    x, ids, weights, gate_up, down = case(5, 8, 2, 64, 44, torch.float32)
+    for change, error, message in (
+        (dict(x=x.double()), TypeError, "x is torch.float64"),
+        (dict(x=x[0]), ValueError, "two dims"),
+        (dict(ids=ids.float()), TypeError, "ids are torch.float32"),
+        (dict(ids=ids[:4]), ValueError, "each of 5 tokens"),
+        (dict(ids=ids[:, ::2]), ValueError, "dense"),
+        (dict(weights=weights.half()), TypeError, "weights are torch.float16"),
+        (dict(weights=weights[:, :1].contiguous()), ValueError, r"one for each of the ids \(5, 2\)"),
+        (dict(gate_up=gate_up.half()), TypeError, "gate_up is torch.float16"),
+        (dict(gate_up=gate_up[:, 1:].contiguous()), ValueError, r"gate_up \(8, 87, 64\)"),
+        (dict(down=down.transpose(1, 2)), ValueError, "are needed"),
+        (dict(down=down[0]), ValueError, "are needed"),
+    ):
+        args = dict(x=x, ids=ids, weights=weights, gate_up=gate_up, down=down) | change
+        with pytest.raises(error, match=message):
+            experts(*args.values())
+
+
+def test_opcheck():
+    args = case(5, 8, 2, 64, 44, torch.bfloat16)
+    for x in (args[0], args[0].repeat(1, 2)[:, :64]):
+        torch.library.opcheck(torch.ops.gemcutter.experts.default, (x, *args[1:]))
+
+
 def test_block_k_is_one_per_dtype():
     """Tiles may change with the number of rows, the order of the sum may not."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

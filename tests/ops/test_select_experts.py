@@ -161,6 +161,30 @@ def test_reference_is_hf(experts, k, dtype):
     assert select_experts(logits[:0], router.per_expert_scale.data, k)[0].shape == (0, k)
 
 
+def test_refusals():
+    x, scale = torch.randn(3, 16), torch.ones(16)
+    for args, error, message in (
+        ((x.double(), scale, 2), TypeError, "logits is torch.float64"),
+        ((x[0], scale, 2), ValueError, "two dims"),
+        ((x.T, scale[:3], 2), ValueError, "contiguous"),
+        ((torch.randn(2, 1025), torch.ones(1025), 2), ValueError, "1025 experts"),
+        ((x, scale, 0), ValueError, "top_k is 0"),
+        ((x, scale, 17), ValueError, "top_k is 17 of 16"),
+        ((torch.randn(2, 64), torch.ones(64), 33), ValueError, "top_k is 33"),
+        ((x, scale.int(), 2), TypeError, "per_expert_scale is torch.int32"),
+        ((x, scale[:8], 2), ValueError, "each of 16 experts"),
+        ((x, torch.ones(32)[::2], 2), ValueError, "dense scale"),
+    ):
+        with pytest.raises(error, match=message):
+            select_experts(*args)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_opcheck(tokens):
+    x = torch.randn(tokens, 20, dtype=torch.bfloat16)[:, :16]
+    torch.library.opcheck(torch.ops.gemcutter.select_experts.default, (x, torch.ones(16), 4))
+
+
 def test_orders_differ():
     """The sums and orders below are told apart by these draws: a kernel with another order fails."""
     v = torch.rand(400, 8, generator=torch.Generator().manual_seed(0)).numpy()

@@ -15,9 +15,10 @@ from gemcutter.ops.attend import attend
 from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
-from gemcutter.ops.geglu import geglu
+from gemcutter.ops.geglu import geglu, gelu_mul
 from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.logits import logits
+from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rope import rope_table
@@ -84,7 +85,7 @@ class Gemma4:
             return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed)
         # 3. Per-layer input
         hidden, _ = layer_seam(out, hidden, w.post_feedforward_norm, eps, routed=routed)
-        gated = F.gelu(F.linear(hidden, w.per_layer_input.gate), approximate="tanh") * own_input
+        gated = gelu_mul(F.linear(hidden, w.per_layer_input.gate), own_input)
         injected = F.linear(gated, w.per_layer_input.projection)
         return layer_seam(injected, hidden, w.per_layer_input.post_norm, eps, w.scalar, next_norm)
 
@@ -112,7 +113,5 @@ class Gemma4:
     def _per_layer_inputs(self, batch: StepBatch, hidden: Tensor) -> Tensor:
         """Per-layer embeddings [T, L, P]."""
         spec, w = self.spec, self.weights.per_layer
-        shape = (len(hidden), len(spec.layers), spec.ple_width)
-        identity = embed(batch.token_ids, w.embed, spec.ple_width**0.5).view(shape)
-        context = F.linear(hidden, w.projection) * spec.hidden**-0.5
-        return (rms_norm(context.view(shape), w.projection_norm, spec.eps) + identity) * 2.0**-0.5
+        projected = F.linear(hidden, w.projection)
+        return per_layer_inputs(projected, batch.token_ids, w.embed, w.projection_norm, spec.hidden**-0.5, spec.eps)

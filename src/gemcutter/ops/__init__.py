@@ -4,12 +4,28 @@ Every one has the bits of its plain PyTorch reference in the file of its name, w
 """
 
 from gemcutter.ops.attention_seam import attention_seam
+from gemcutter.ops.embed import embed
+from gemcutter.ops.experts import experts
+from gemcutter.ops.geglu import geglu, gelu_mul
 from gemcutter.ops.layer_seam import Routed, layer_seam
+from gemcutter.ops.logits import logits, softcap_
+from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.select_experts import select_experts
+from gemcutter.ops.sort_by_expert import sort_by_expert
 
 __all__ = [
     "Routed",
     "attention_seam",
+    "embed",
+    "experts",
+    "geglu",
+    "gelu_mul",
     "layer_seam",
+    "logits",
+    "per_layer_inputs",
     "rms_norm",
+    "select_experts",
+    "softcap_",
+    "sort_by_expert",
 ]

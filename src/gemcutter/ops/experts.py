@@ -4,10 +4,10 @@ Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py
 float; each rounded to the dtype. A token's slots are then added in ascending expert id, rounded after each.
 Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits.
 
-On a GPU one kernel sorts the slots by expert, a grouped GEMM makes the [slots, N] activations, a second one
-the [slots, H] outputs, and a last kernel adds them up. Grids are bounded by the number of slots alone, so
-nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other row, nor on how
-many share its expert: every tile walks K in the same steps, into one accumulator a row.
+On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N]
+activations, a second one the [slots, H] outputs, and a last kernel adds them up. Grids are bounded by the number
+of slots alone, so nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other
+row, nor on how many share its expert: every tile walks K in the same steps, into one accumulator a row.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
+from gemcutter.ops.library import define
+from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
 
 
 def experts(
@@ -26,50 +29,53 @@ def experts(
     """Apply each token's experts.
 
     Args:
-        x: [T, H], normed, row stride free.
-        ids: [T, k] int32 or int64 in [0, E).
-        weights: [T, k] float32.
-        gate_up: [E, 2N, H] of x's dtype, gate rows then up rows.
-        down: [E, H, N] of x's dtype.
+        x: [T, H] of float32, bfloat16 or float16, normed; dense rows, row stride free. T may be 0.
+        ids: [T, k] int32 or int64 in [0, E), which the caller guarantees; dense.
+        weights: [T, k] float32, dense.
+        gate_up: [E, 2N, H] of x's dtype, gate rows then up rows, dense.
+        down: [E, H, N] of x's dtype, dense.
 
     Returns:
-        [T, H] of x's dtype.
+        [T, H] of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    if x.is_cpu:
-        return experts_reference(x, ids, weights, gate_up, down)
-    return experts_launch(x, ids, weights, gate_up, down)
+    return _experts(x, ids, weights, gate_up, down)
+
+
+def check_experts(x, ids, weights, gate_up, down) -> None:
+    check_matrix("x", x)
+    num_experts, _, width = down.shape if down.ndim == 3 else (0, 0, 0)
+    shapes = dict(
+        gate_up=(gate_up, (num_experts, 2 * width, x.shape[1])), down=(down, (num_experts, x.shape[1], width))
+    )
+    for name, (weight, shape) in shapes.items():
+        if weight.dtype != x.dtype or weight.device != x.device:
+            raise TypeError(f"{name} is {weight.dtype} on {weight.device}: {x.dtype} on {x.device} is needed")
+        if weight.shape != shape or not weight.is_contiguous() or not weight.numel():
+            got = f"{name} {tuple(weight.shape)}, strides {weight.stride()}"
+            raise ValueError(f"{got}: dense gate_up [E, 2N, {x.shape[1]}] and down [E, {x.shape[1]}, N] are needed")
+    check_sort_by_expert(ids, num_experts)
+    if len(ids) != len(x) or ids.device != x.device or not ids.shape[1]:
+        got = f"shape {tuple(ids.shape)} on {ids.device}"
+        raise ValueError(f"ids have {got}: some for each of {len(x)} tokens on {x.device} are needed")
+    if weights.dtype != torch.float32 or weights.device != x.device:
+        raise TypeError(f"weights are {weights.dtype} on {weights.device}: float32 on {x.device} is needed")
+    if weights.shape != ids.shape or not weights.is_contiguous():
+        got = f"shape {tuple(weights.shape)}, strides {weights.stride()}"
+        raise ValueError(f"weights have {got}: one for each of the ids {tuple(ids.shape)}, dense")
 
 
 def experts_reference(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    out = torch.zeros_like(x)
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for expert in ids.unique().tolist():  # ascending
         slot, token = torch.where(ids.T == expert)
         y = F.linear(geglu_reference(F.linear(x[token], gate_up[expert])), down[expert])
         out.index_add_(0, token, (y * weights[token, slot, None]).to(x.dtype))
     return out
-
-
-@triton.jit(do_not_specialize=["num_slots"])
-def _sort_kernel(ids_ptr, order_ptr, starts_ptr, num_slots, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Program e lists the slots of expert e, ascending, at order[starts[e] : starts[e+1]]."""
-    expert = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, num_slots, BLOCK):
-        ids = tl.load(ids_ptr + begin + lane, mask=begin + lane < num_slots, other=E)
-        before += (ids < expert).to(tl.int32)
-    start = tl.sum(before, axis=0)
-    tl.store(starts_ptr + expert, start)
-    if expert == E - 1:
-        tl.store(starts_ptr + E, num_slots)
-    for begin in range(0, num_slots, BLOCK):
-        slot = begin + lane
-        mine = tl.load(ids_ptr + slot, mask=slot < num_slots, other=E) == expert
-        rank = tl.cumsum(mine.to(tl.int32), axis=0)
-        tl.store(order_ptr + start + rank - 1, slot, mask=mine)
-        start += tl.sum(mine.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -208,22 +214,13 @@ def experts_launch(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
     (tokens, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
-    assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous(), "rows must be contiguous"
-    assert gate_up.shape == (num_experts, 2 * width, hidden), f"gate_up {gate_up.shape}, down {down.shape}"
-    assert down.shape[1] == hidden, f"x {x.shape}, down {down.shape}"
-    assert x.dtype == gate_up.dtype == down.dtype and weights.dtype == torch.float32, (x.dtype, weights.dtype)
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     num_slots = tokens * top_k
     if num_slots == 0:
         return out.zero_()
-    ids, weights = ids.contiguous(), weights.contiguous()
-    order = torch.empty(num_slots, dtype=torch.int32, device=x.device)
-    starts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
+    order, starts = sort_by_expert(ids, num_experts)
     activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
     slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
-
-    block = 1024 if num_slots <= 1024 else 4096
-    _sort_kernel[(num_experts,)](ids, order, starts, num_slots, E=num_experts, BLOCK=block, num_warps=4)
     up_tile, down_tile = tiles_for(x.dtype, num_slots, num_experts)
     # Every hit expert ends in at most one partly filled tile.
     row_tiles = (num_slots + min(num_experts, num_slots) * (up_tile.block_m - 1)) // up_tile.block_m
@@ -250,3 +247,13 @@ def _launch_options(tile: Tile) -> dict[str, int]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def experts_fake(x, ids, weights, gate_up, down) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_experts = define(
+    "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
+    check=check_experts, reference=experts_reference, launch=experts_launch, fake=experts_fake,
+)  # fmt: skip

@@ -10,20 +10,47 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from gemcutter.ops.arguments import FLOATS
+from gemcutter.ops.library import define
+
 
 def logits(hidden: torch.Tensor, head: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """hidden [R, H] after the final norm, head [V, H], both of one float dtype -> [R, V] of that dtype."""
     out = F.linear(hidden, head)
-    if softcap is None:
-        return out
-    return softcap_reference(out, softcap) if out.is_cpu else softcap_launch_(out, softcap)
+    if softcap is not None:
+        softcap_(out, softcap)
+    return out
 
 
-def softcap_reference(x: torch.Tensor, cap: float) -> torch.Tensor:
-    return torch.tanh(x / cap) * cap
+def softcap_(x: torch.Tensor, cap: float) -> None:
+    """tanh(x / cap) * cap in place: one pass over memory on a GPU, instead of three.
+
+    Args:
+        x: any shape, dense, of float32, bfloat16 or float16; past 2^31 elements too.
+        cap: positive.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, strides and caps.
+    """
+    _softcap_(x, cap)
 
 
-@triton.jit
+def check_softcap_(x: torch.Tensor, cap: float) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x is {x.dtype}: float32, bfloat16 or float16 are taken; cast it")
+    if not x.is_contiguous():
+        raise ValueError(
+            f"x has strides {x.stride()}: it is changed in place and must be dense; cap the whole tensor"
+        )
+    if not 0 < cap < float("inf"):
+        raise ValueError(f"cap is {cap}: a positive number is needed")
+
+
+def softcap_reference_(x: torch.Tensor, cap: float) -> None:
+    x.copy_(torch.tanh(x / cap) * cap)
+
+
+@triton.jit(do_not_specialize=["size"])
 def _softcap_kernel(x_ptr, size, inverse_cap, cap, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -35,13 +62,17 @@ def _softcap_kernel(x_ptr, size, inverse_cap, cap, BLOCK: tl.constexpr):
     tl.store(x_ptr + at, (x * cap).to(dtype), mask=inside)
 
 
-def softcap_launch_(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """In place, one pass over memory instead of three; x contiguous."""
-    assert x.is_contiguous(), f"logits must be contiguous, got strides {x.stride()}"
+def softcap_launch_(x: torch.Tensor, cap: float) -> None:
     if x.numel():
         block = 2048
         # PyTorch on a GPU divides by a scalar as a product with its float inverse; so do we, for its bits.
-        inverse = (torch.ones(()) / cap).item()
-        grid = (triton.cdiv(x.numel(), block),)
-        _softcap_kernel[grid](x, x.numel(), inverse, float(cap), BLOCK=block, num_warps=4)
-    return x
+        inverse = (torch.ones((), device="cpu") / cap).item()
+        _softcap_kernel[(triton.cdiv(x.numel(), block),)](
+            x, x.numel(), inverse, cap, BLOCK=block, num_warps=4, enable_fp_fusion=False
+        )
+
+
+_softcap_ = define(
+    "softcap_(Tensor(a!) x, float cap) -> ()",
+    check=check_softcap_, reference=softcap_reference_, launch=softcap_launch_,
+)  # fmt: skip

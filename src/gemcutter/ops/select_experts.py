@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from gemcutter.ops.arguments import FLOATS, check_matrix
+from gemcutter.ops.library import define
+
 LANES = tl.constexpr(32)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
@@ -31,17 +34,33 @@ def select_experts(
     """Choose experts from the router's logits.
 
     Args:
-        logits: [T, E] float32, bfloat16 or float16, row stride free; on a GPU E <= 1024.
-        per_expert_scale: [E], on the weights.
-        top_k: at most E; on a GPU at most 32.
+        logits: [T, E] float32, bfloat16 or float16, E up to 1024; dense rows, row stride free. T may be 0.
+        per_expert_scale: [E] of any of these dtypes, dense, on the weights.
+        top_k: from 1 to E, up to 32.
 
     Returns:
         ids: [T, top_k] int64, distinct within a row, by descending probability.
         weights: [T, top_k] float32.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    if logits.is_cpu:
-        return select_experts_reference(logits, per_expert_scale, top_k)
-    return select_experts_launch(logits, per_expert_scale, top_k)
+    return _select_experts(logits, per_expert_scale, top_k)
+
+
+def check_select_experts(logits: torch.Tensor, per_expert_scale: torch.Tensor, top_k: int) -> None:
+    check_matrix("logits", logits)
+    experts = logits.shape[1]
+    if experts > MAX_EXPERTS:
+        raise ValueError(f"logits have {experts} experts: up to {MAX_EXPERTS}, as far as PyTorch's sum is known")
+    if not 1 <= top_k <= min(experts, MAX_TOP_K):
+        raise ValueError(f"top_k is {top_k} of {experts} experts: 1 to {min(experts, MAX_TOP_K)} are taken")
+    if per_expert_scale.dtype not in FLOATS or per_expert_scale.device != logits.device:
+        got = f"{per_expert_scale.dtype} on {per_expert_scale.device}"
+        raise TypeError(f"per_expert_scale is {got}: a float dtype on {logits.device} is needed")
+    if per_expert_scale.shape != (experts,) or not per_expert_scale.is_contiguous():
+        got = f"shape {tuple(per_expert_scale.shape)}, strides {per_expert_scale.stride()}"
+        raise ValueError(f"per_expert_scale has {got}: one dense scale for each of {experts} experts is needed")
 
 
 def select_experts_reference(
@@ -135,17 +154,18 @@ def select_experts_launch(
     logits: torch.Tensor, per_expert_scale: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, num_experts = logits.shape
-    assert 1 <= num_experts <= MAX_EXPERTS, f"{num_experts} experts: PyTorch's sum is known up to {MAX_EXPERTS}"
-    assert 1 <= top_k <= min(num_experts, MAX_TOP_K), f"top {top_k} of {num_experts}: 1 to {MAX_TOP_K} are ordered"
-    assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16), f"logits are {logits.dtype}: no float"
-    assert num_experts == 1 or logits.stride(1) == 1, f"logits have strides {logits.stride()}: the last must be 1"
-    assert per_expert_scale.shape == (num_experts,), f"per_expert_scale {per_expert_scale.shape}: one an expert"
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
         _select_kernel[(tokens,)](
-            logits, per_expert_scale.contiguous(), ids, weights, logits.stride(0),
+            logits, per_expert_scale, ids, weights, logits.stride(0),
             E=num_experts, E_BLOCK=max(triton.next_power_of_2(num_experts), LANES.value), TOP_K=top_k,
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return ids, weights
+
+
+_select_experts = define(
+    "select_experts(Tensor logits, Tensor per_expert_scale, int top_k) -> (Tensor, Tensor)",
+    check=check_select_experts, reference=select_experts_reference, launch=select_experts_launch,
+)  # fmt: skip
