@@ -7,9 +7,11 @@ the same one: it is another module's, and hooks may stand between the two.
 import torch
 
 from gemcutter.hf.guards import stands_for, takes_ops
+from gemcutter.hf.mlp import is_gelu_tanh
 from gemcutter.hf.norm import fusable
 from gemcutter.hf.router import Router
 from gemcutter.ops import Routed, attention_seam, layer_seam
+from gemcutter.ops.geglu import gelu_mul
 
 
 class Layer:
@@ -29,8 +31,9 @@ class Layer:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
         hidden = self._feed_forward(_rows(attended), _rows(hidden_states), hidden_states.shape)
         if with_ple:
-            gate = self.act_fn(self.per_layer_input_gate(hidden.view(hidden_states.shape)))
-            injected = self.per_layer_projection(gate * per_layer_input)
+            gate = self.per_layer_input_gate(hidden.view(hidden_states.shape))
+            gated = gelu_mul(_rows(gate), _rows(per_layer_input)).view(gate.shape)
+            injected = self.per_layer_projection(gated)
             norm = self.post_per_layer_input_norm
             hidden, _ = layer_seam(_rows(injected), hidden, norm.weight, norm.eps)
         hidden *= self.layer_scalar
@@ -63,6 +66,8 @@ class Layer:
         norms = [self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm]
         weights = [self.layer_scalar]
         if getattr(self, "hidden_size_per_layer_input", 0):
+            if not is_gelu_tanh(self):
+                return False
             norms.append(self.post_per_layer_input_norm)
             weights.append(per_layer_input)
         if getattr(self, "enable_moe_block", False):

@@ -1,7 +1,7 @@
 """Patching: modules of a loaded `transformers` model take a subclass of their own class, whose forward runs ops.
 
-Nothing is added to a module, so weights, hooks, names and copies stay what they were, and a model is freed as before
-(a bound method kept in its own module would be a cycle, and hold GPU memory till the next collection).
+Nothing is added to a module, so weights, hooks, names and copies stay what they were, and a model is freed as
+before (a bound method kept in its own module would be a cycle, and hold GPU memory till the next collection).
 """
 
 from typing import TypeVar
@@ -12,6 +12,7 @@ from transformers.models.gemma4_unified import modeling_gemma4_unified as unifie
 
 from gemcutter.hf.attention import Attention
 from gemcutter.hf.layer import Layer
+from gemcutter.hf.mlp import MLP
 from gemcutter.hf.norm import Norm
 from gemcutter.hf.router import Router
 
@@ -24,6 +25,10 @@ class Gemma4RMSNorm(Norm, gemma4.Gemma4RMSNorm):
 
 class Gemma4TextAttention(Attention, gemma4.Gemma4TextAttention):
     eager = staticmethod(gemma4.eager_attention_forward)
+
+
+class Gemma4TextMLP(MLP, gemma4.Gemma4TextMLP):
+    pass
 
 
 class Gemma4TextRouter(Router, gemma4.Gemma4TextRouter):
@@ -42,6 +47,10 @@ class Gemma4UnifiedTextAttention(Attention, unified.Gemma4UnifiedTextAttention):
     eager = staticmethod(unified.eager_attention_forward)
 
 
+class Gemma4UnifiedTextMLP(MLP, unified.Gemma4UnifiedTextMLP):
+    pass
+
+
 class Gemma4UnifiedTextDecoderLayer(Layer, unified.Gemma4UnifiedTextDecoderLayer):
     pass
 
@@ -50,8 +59,8 @@ TEXT_MODELS = (gemma4.Gemma4TextModel, unified.Gemma4UnifiedTextModel)
 OURS = {
     ours.__mro__[2]: ours
     for ours in (
-        Gemma4RMSNorm, Gemma4TextAttention, Gemma4TextRouter, Gemma4TextDecoderLayer,
-        Gemma4UnifiedRMSNorm, Gemma4UnifiedTextAttention, Gemma4UnifiedTextDecoderLayer,
+        Gemma4RMSNorm, Gemma4TextAttention, Gemma4TextMLP, Gemma4TextRouter, Gemma4TextDecoderLayer,
+        Gemma4UnifiedRMSNorm, Gemma4UnifiedTextAttention, Gemma4UnifiedTextMLP, Gemma4UnifiedTextDecoderLayer,
     )
 }  # fmt: skip
 HFS = {ours: hfs for hfs, ours in OURS.items()}
@@ -60,11 +69,14 @@ HFS = {ours: hfs for hfs, ours in OURS.items()}
 def patch(model: Model) -> Model:
     """Let a Gemma 4 model's text layers run gemcutter's ops, in place.
 
-    Norms, the attention's way in (head norms and rotary embedding), the choice of experts and the residual seams
-    become ops; projections, attention, experts, caches and `generate` stay HF's. Every op has HF eager's rounding
-    points, and its bits but for the order in which a norm adds its squares. A module runs HF's own forward in
-    training, where gradients are recorded (so call the model under `torch.no_grad()`, as `generate` does), under
-    autocast, and where a hook or wrapper watches a step that an op would take over.
+    Norms, the attention's way in (head norms and rotary embedding), the choice of experts, GeGLU and the residual
+    seams become ops; projections, attention, experts, caches and `generate` stay HF's. Every op has HF eager's
+    rounding points, and its bits but for the order in which a norm adds its squares. A module runs HF's own
+    forward in training, where gradients are recorded (so call the model under `torch.no_grad()`, as `generate`
+    does), under autocast, and where a hook or wrapper watches a step that an op would take over.
+
+    Embeddings, the final soft cap and the per-layer inputs' context are left to HF too: they run once a step, and
+    no module's border holds them whole.
 
     Args:
         model: a Gemma 4 model of `transformers`, or any module that holds one; its towers for images and sound are
