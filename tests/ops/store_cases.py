@@ -2,13 +2,11 @@
 
 import torch
 
-from gemcutter.ops.qkv_rope_store import QkvMode, launch, qkv_rope_store_reference
+from gemcutter.ops.qkv_rope_store import KV_PARTS, QkvMode, qkv_rope_store_launch, qkv_rope_store_reference
 from gemcutter.ops.rope import rope_table
 from gemcutter.spec import RopeSpec
-
-
-def poisoned(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+from gemcutter.verify.compare import POISON, count_differing
+from gemcutter.verify.inputs import Draw, Kind
 
 
 def make_store(
@@ -22,41 +20,40 @@ def make_store(
     dtype: torch.dtype,
     device: str = "cpu",
     pad: int = 0,
+    kind: Kind = Kind.NORMAL,
 ) -> dict:
-    """Arguments by name. Rows differ in size by powers of ten; `pad` NaNs stand between rows."""
-    rng = torch.Generator().manual_seed(num_tokens)
-    kv_parts = {QkvMode.QKV: 2, QkvMode.Q_KEQV: 1, QkvMode.Q_ONLY: 0}[mode]
-    width = (heads + kv_parts * kv_heads) * head_dim
-    rows = torch.randn(num_tokens, width, generator=rng)
-    rows = rows * 10 ** torch.empty(num_tokens, 1).uniform_(-2, 1, generator=rng)
-    qkv = poisoned(num_tokens, width + pad, dtype=dtype, device=device)[:, :width]
-    qkv.copy_(rows)
-    context = 4000
-    num_pages = num_tokens // page_size + 4
-    slots = page_size + torch.randperm((num_pages - 1) * page_size, generator=rng)[:num_tokens]
+    """Arguments by name. Every head is of that kind; `pad` NaNs stand between rows, POISON in the caches."""
+    all_heads = heads + KV_PARTS[mode] * kv_heads
+    drawn = Draw(num_tokens * all_heads, kind, dtype, device).rows(head_dim).view(num_tokens, all_heads * head_dim)
+    qkv = torch.full((num_tokens, all_heads * head_dim + pad), float("nan"), dtype=dtype, device=device)
+    qkv = qkv[:, : all_heads * head_dim].copy_(drawn)
+    draw = Draw(num_tokens, Kind.NORMAL, dtype, device)
     stores = mode is not QkvMode.Q_ONLY
-    weights = [(1 + torch.randn(head_dim, generator=rng) / 2).to(dtype).to(device) for _ in range(2)]
-    shape = (num_pages, kv_heads, page_size, head_dim)
+    context, num_pages = 4000, num_tokens // page_size + 4
+    slots = page_size + draw.permutation((num_pages - 1) * page_size)[:num_tokens]
+    k_cache, v_cache = (
+        torch.full((num_pages, kv_heads, page_size, head_dim), POISON, dtype=dtype, device=device) for _ in range(2)
+    )
     cos, sin = rope_table(RopeSpec(1e4, angles), head_dim, context, dtype, device)
     return dict(
         qkv=qkv,
-        q_norm=weights[0],
-        k_norm=weights[1] if stores else None,
+        q_norm=draw.weight(head_dim),
+        k_norm=draw.weight(head_dim) if stores else None,
         cos=cos,
         sin=sin,
-        positions=torch.randint(0, context, (num_tokens,), generator=rng).to(device),
+        positions=draw.token_ids(context),
         eps=1e-6,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        k_cache=poisoned(*shape, dtype=dtype, device=device) if stores else None,
-        v_cache=poisoned(*shape, dtype=dtype, device=device) if stores else None,
-        slots=slots.to(device) if stores else None,
+        k_cache=k_cache if stores else None,
+        v_cache=v_cache if stores else None,
+        slots=slots if stores else None,
         mode=mode,
     )
 
 
 def compare(kernel, reference, args: dict) -> None:
-    """The same bits in q and in both caches. Two NaNs, untouched slots, are equal."""
+    """The same bits in q and everywhere in both caches, 0.0 and -0.0 apart; a NaN equals a NaN."""
     mine, theirs = args.copy(), args.copy()
     for name in ("k_cache", "v_cache"):
         if args[name] is not None:
@@ -64,20 +61,37 @@ def compare(kernel, reference, args: dict) -> None:
     pairs = [("q", kernel(**mine), reference(**theirs))]
     pairs += [(name, mine[name], theirs[name]) for name in ("k_cache", "v_cache") if args[name] is not None]
     for name, got, want in pairs:
-        assert torch.equal(got.isnan(), want.isnan()), f"{name}: other slots were written"
-        wrong = (got != want) & ~want.isnan()
-        assert not wrong.any(), f"{args['mode'].name} {name}: {wrong.sum()} of {wrong.numel()} differ"
+        wrong = count_differing(got, want)
+        assert wrong == 0, f"{args['mode'].name} {name}: {wrong} of {want.numel()} differ"
+
+
+def main() -> None:
+    empty = torch.empty
+    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(POISON)  # q, if the kernel leaves some out
+    shapes = [
+        (4, 2, 32, 16, QkvMode.QKV),
+        (6, 1, 64, 8, QkvMode.QKV),
+        (3, 1, 256, 128, QkvMode.QKV),
+        (2, 1, 512, 64, QkvMode.Q_KEQV),
+        (2, 1, 512, 64, QkvMode.Q_ONLY),
+    ]
+    for shape in shapes:
+        for kind, dtype in [(kind, torch.bfloat16) for kind in Kind] + [
+            (Kind.INF, torch.float32), (Kind.HEAVY, torch.float32), (Kind.HEAVY, torch.float16)
+        ]:  # fmt: skip
+            args = make_store(*shape, 3, 16, dtype, pad=8, kind=kind)
+            compare(qkv_rope_store_launch, qkv_rope_store_reference, args)
+    for shape, num_tokens in (
+        (shapes[0], 515),
+        (shapes[3], 1367),
+    ):  # over 4096 heads: large tiles
+        args = make_store(*shape, num_tokens, 16, torch.bfloat16, kind=Kind.HEAVY)
+        compare(qkv_rope_store_launch, qkv_rope_store_reference, args)
+    nothing = make_store(*shapes[0], 0, 16, torch.float32)
+    assert qkv_rope_store_launch(**nothing).shape == (0, 4, 32) and (nothing["k_cache"] == POISON).all()
+    odd = make_store(2, 1, 80, 20, QkvMode.QKV, 3, 16, torch.bfloat16, pad=8)  # no tile of that width: unfused
+    compare(qkv_rope_store_launch, qkv_rope_store_reference, odd)
 
 
 if __name__ == "__main__":
-    for shape in (
-        (4, 2, 32, 16, QkvMode.QKV),
-        (6, 1, 64, 8, QkvMode.QKV),
-        (9, 5, 256, 128, QkvMode.QKV),
-        (8, 2, 512, 64, QkvMode.Q_KEQV),
-        (8, 2, 512, 64, QkvMode.Q_ONLY),
-    ):
-        for dtype in (torch.float32, torch.float16):
-            compare(launch, qkv_rope_store_reference, make_store(*shape, 7, 16, dtype, pad=8))
-    nothing = make_store(4, 2, 32, 16, QkvMode.QKV, 0, 16, torch.float32)
-    assert launch(**nothing).shape == (0, 4, 32) and nothing["k_cache"].isnan().all()
+    main()

@@ -36,21 +36,21 @@ def _power(exponent: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def mean_square(x, H: tl.constexpr):
     """[rows, B] float32, zeros past column H -> [rows, 1] float32."""
-    peak = _peak(x)
-    return _mean(peak, _total(x, peak), H)
+    peak = tl.max(_magnitudes(x), 1, keep_dims=True)
+    return _mean(peak, tl.sum(_squares(x, peak), 1, keep_dims=True), H)
 
 
 @triton.jit
 def mean_square_of_halves(low, high, H: tl.constexpr):
     """The same of rows held as two halves, [rows, H/2] each."""
-    peak = tl.maximum(_peak(low), _peak(high))
-    return _mean(peak, _total(low, peak) + _total(high, peak), H)
+    peak = tl.max(tl.maximum(_magnitudes(low), _magnitudes(high)), 1, keep_dims=True)
+    return _mean(peak, tl.sum(_squares(low, peak) + _squares(high, peak), 1, keep_dims=True), H)
 
 
 @triton.jit
-def _peak(x):
-    """The bits of the largest magnitude: as integers they order like the floats, with NaN on top."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
+def _magnitudes(x):
+    """Bits of |x|: as integers they order like the floats, with NaN on top."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -59,9 +59,9 @@ def _shift(peak):
 
 
 @triton.jit
-def _total(x, peak):
+def _squares(x, peak):
     scaled = x * _power_of_two(-_shift(peak))
-    return tl.sum((scaled * scaled * ONE).to(tl.int64), 1, keep_dims=True)
+    return (scaled * scaled * ONE).to(tl.int64)
 
 
 @triton.jit

@@ -4,14 +4,19 @@ One launch where eager PyTorch needs about twenty. HF's rounding is kept step by
 rounding after the weight; rope rounds each product and the sum.
 """
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
 import triton
 import triton.language as tl
 
-from gemcutter.ops.mean_square import mean_square_of_halves
-from gemcutter.ops.rms_norm import rms_norm_reference
+from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.fused import heads_fuse
+from gemcutter.ops.head_norm import head_tile, heads_of, load_halves, load_weight, norm_halves, store_halves
+from gemcutter.ops.library import define
+from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
+from gemcutter.ops.rope import rotate_reference
 from gemcutter.spec import LayerSpec
 
 
@@ -21,6 +26,10 @@ class QkvMode(Enum):
     QKV = "qkv"  # q | k | v: K = rope(norm(k) * w), V = norm(v) without weight
     Q_KEQV = "q_keqv"  # q | k: V is the weightless norm of the raw k, so K and V still differ
     Q_ONLY = "q_only"  # q: K/V are another layer's, nothing is stored
+
+
+# Besides q, how many parts of kv heads each a row of the projection holds.
+KV_PARTS = {QkvMode.QKV: 2, QkvMode.Q_KEQV: 1, QkvMode.Q_ONLY: 0}
 
 
 def mode_of(layer: LayerSpec) -> QkvMode:
@@ -47,152 +56,205 @@ def qkv_rope_store(
     """Norm and rotate q; norm, rotate and store k; norm and store v.
 
     Args:
-        qkv: [T, LayerSpec.qkv_width]; rows may be further apart than their width. T may be 0.
-        q_norm, k_norm: [D]; on a GPU D is a power of two from 32 to 512.
-        cos, sin: [context, angles] of qkv's dtype, from `rope_table`.
-        positions: [T] int64, below context.
-        k_cache, v_cache: [num_pages, num_kv_heads, page_size, D], written in place.
-        slots: [T] int64, page id * page_size + offset. Of several rows with one slot, any may win.
+        qkv: [T, LayerSpec.qkv_width] of float32, bfloat16 or float16; rows dense, any distance apart. T may be 0.
+        q_norm, k_norm: [D] of qkv's dtype, dense; D even. One launch for each D that `heads_fuse` names.
+        cos, sin: [context, angles] of qkv's dtype, dense, from `rope_table`.
+        positions: [T] int64, dense, below context, which is not checked.
+        eps: added to the mean squares.
+        k_cache, v_cache: [num_pages, num_kv_heads, page_size, D] of qkv's dtype, dense, written in place.
+        slots: [T] int64, dense: page id * page_size + offset, inside the cache, which is not checked. Of several
+            rows with one slot, any may win.
         mode: in Q_ONLY, k_norm, the caches and slots are left alone and may be None.
 
     Returns:
-        q: [T, num_heads, D] of qkv's dtype.
+        q: [T, num_heads, D] of qkv's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    head_dim = q_norm.shape[0]
-    kv_parts = {QkvMode.QKV: 2, QkvMode.Q_KEQV: 1, QkvMode.Q_ONLY: 0}[mode]
-    width = (num_heads + kv_parts * num_kv_heads) * head_dim
-    assert qkv.shape[1] == width, f"{mode} needs rows of {width}, got {qkv.shape[1]}"
-    assert cos.dtype == sin.dtype == qkv.dtype, f"rope tables are {cos.dtype}, activations {qkv.dtype}"
     if mode is QkvMode.Q_ONLY:
         k_norm = k_cache = v_cache = slots = None
-    run = launch if qkv.is_cuda else qkv_rope_store_reference
-    return run(
-        qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
+    return _qkv_rope_store(
+        qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode.value
     )
+
+
+def check_qkv_rope_store(
+    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
+) -> None:
+    mode, head_dim = QkvMode(mode), q_norm.shape[-1]
+    if head_dim % 2:
+        raise ValueError(f"q_norm has {head_dim} elements: rope turns pairs, an even head dim is needed")
+    parts = KV_PARTS[mode]
+    if num_heads < 1 or (parts and num_kv_heads < 1):
+        raise ValueError(f"num_heads {num_heads}, num_kv_heads {num_kv_heads}: at least 1 is needed")
+    check_matrix("qkv", qkv)
+    width = (num_heads + parts * num_kv_heads) * head_dim
+    if qkv.shape[1] != width:
+        what = f"{num_heads} heads and {parts} x {num_kv_heads} K/V heads of {head_dim}"
+        raise ValueError(f"qkv has rows of {qkv.shape[1]}: mode {mode.value} with {what} needs {width}")
+    check_weight("q_norm", q_norm, head_dim, qkv)
+    _check_table("cos", cos, head_dim, qkv)
+    _check_table("sin", sin, head_dim, qkv)
+    if cos.shape != sin.shape:
+        raise ValueError(f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}: they are of one table")
+    _check_ids("positions", positions, qkv)
+    stored = dict(k_norm=k_norm, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    wrong = [name for name, x in stored.items() if (x is None) != (parts == 0)]
+    if wrong:
+        needed = "nothing is stored, None is" if parts == 0 else "they are"
+        raise ValueError(f"{', '.join(wrong)}: in mode {mode.value} {needed} needed")
+    if parts:
+        check_weight("k_norm", k_norm, head_dim, qkv)
+        _check_cache("k_cache", k_cache, num_kv_heads, head_dim, qkv)
+        _check_cache("v_cache", v_cache, num_kv_heads, head_dim, qkv)
+        if k_cache.shape != v_cache.shape:
+            got, want = tuple(v_cache.shape), tuple(k_cache.shape)
+            raise ValueError(f"v_cache has shape {got}: {want}, k_cache's, is needed")
+        _check_ids("slots", slots, qkv)
+
+
+def _check_table(name: str, x: torch.Tensor, head_dim: int, qkv: torch.Tensor) -> None:
+    check_matrix(name, x)
+    if x.dtype != qkv.dtype or x.device != qkv.device:
+        raise TypeError(f"{name} is {x.dtype} on {x.device}: {qkv.dtype} on {qkv.device} is needed")
+    if x.shape[1] > head_dim // 2 or not x.is_contiguous():
+        got = f"shape {tuple(x.shape)}, strides {x.stride()}"
+        raise ValueError(f"{name} has {got}: a dense table of up to {head_dim // 2} angles is needed")
+
+
+def _check_ids(name: str, x: torch.Tensor, qkv: torch.Tensor) -> None:
+    if x.dtype != torch.int64 or x.device != qkv.device:
+        raise TypeError(f"{name} is {x.dtype} on {x.device}: torch.int64 on {qkv.device} is needed")
+    if x.shape != qkv.shape[:1] or not x.is_contiguous():
+        got = f"shape {tuple(x.shape)}, strides {x.stride()}"
+        raise ValueError(f"{name} has {got}: one dense number for each of {qkv.shape[0]} rows is needed")
+
+
+def _check_cache(name: str, x: torch.Tensor, num_kv_heads: int, head_dim: int, qkv: torch.Tensor) -> None:
+    if x.dtype != qkv.dtype or x.device != qkv.device:
+        raise TypeError(f"{name} is {x.dtype} on {x.device}: {qkv.dtype} on {qkv.device} is needed")
+    if x.ndim != 4 or x.shape[1] != num_kv_heads or x.shape[3] != head_dim or not x.is_contiguous():
+        got = f"shape {tuple(x.shape)}, strides {x.stride()}"
+        raise ValueError(f"{name} has {got}: dense [pages, {num_kv_heads}, page size, {head_dim}] is needed")
 
 
 def qkv_rope_store_reference(
     qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
 ) -> torch.Tensor:
-    """The same in plain PyTorch, any device and dtype; HF's `Gemma4TextAttention` up to its cache update."""
+    """HF's `Gemma4TextAttention` up to its cache update."""
+    return _unfused(
+        rms_norm_reference,
+        qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots,
+    )  # fmt: skip
+
+
+def _unfused(
+    norm: Callable,
+    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots,
+) -> torch.Tensor:  # fmt: skip
     heads = qkv.unflatten(1, (-1, q_norm.shape[0]))
     q, kv = heads[:, :num_heads], heads[:, num_heads:]
     cos, sin = cos[positions][:, None], sin[positions][:, None]
-    if mode is not QkvMode.Q_ONLY:
+    if slots is not None:
         k, v = kv[:, :num_kv_heads], kv[:, -num_kv_heads:]  # the same heads where K = V
         page_size = k_cache.shape[2]
         page, offset = slots // page_size, slots % page_size
-        k_cache[page, :, offset] = _rotate(rms_norm_reference(k, k_norm, eps), cos, sin)
-        v_cache[page, :, offset] = rms_norm_reference(v, None, eps)
-    return _rotate(rms_norm_reference(q, q_norm, eps), cos, sin)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """HF's `apply_rotary_pos_emb`; pairs beyond the table keep their values, as cos 1 and sin 0 would."""
-    half, angles = x.shape[-1] // 2, cos.shape[-1]
-    out = x.clone()
-    low, high = x[..., :angles], x[..., half : half + angles]
-    out[..., :angles] = low * cos + -high * sin
-    out[..., half : half + angles] = high * cos + low * sin
-    return out
+        k_cache[page, :, offset] = rotate_reference(norm(k, k_norm, eps), cos, sin)
+        v_cache[page, :, offset] = norm(v, None, eps)
+    return rotate_reference(norm(q, q_norm, eps), cos, sin)
 
 
 @triton.jit
-def _rms_scale(low, high, eps, D: tl.constexpr):
-    return tl.rsqrt(mean_square_of_halves(low, high, D) + eps)  # torch's pow(-0.5) is rsqrt too, on CPU and GPU
+def _load_turns(cos_ptr, sin_ptr, position, ANGLES: tl.constexpr, D: tl.constexpr):
+    """cos and sin of positions [rows, 1] as [rows, D/2] float32; pairs beyond the table get 1 and 0."""
+    pair = tl.arange(0, D // 2)[None, :]
+    at = position * ANGLES + pair
+    cos = tl.load(cos_ptr + at, mask=pair < ANGLES, other=1.0)
+    sin = tl.load(sin_ptr + at, mask=pair < ANGLES, other=0.0)
+    return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit
-def _rotate_store(ptr, low, high, cos, sin, dims, mask, HALF: tl.constexpr):
-    dtype = ptr.dtype.element_ty
-    left = (low * cos).to(dtype).to(tl.float32) + (-high * sin).to(dtype).to(tl.float32)
+def _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype: tl.constexpr):
+    low = (low * w_low).to(dtype).to(tl.float32)
+    high = (high * w_high).to(dtype).to(tl.float32)
+    # Triton negates as 0 - x, which loses the sign of 0: HF's sum with a negated product is a difference here.
+    left = (low * cos).to(dtype).to(tl.float32) - (high * sin).to(dtype).to(tl.float32)
     right = (high * cos).to(dtype).to(tl.float32) + (low * sin).to(dtype).to(tl.float32)
-    tl.store(ptr + dims, left.to(dtype), mask)
-    tl.store(ptr + dims + HALF, right.to(dtype), mask)
+    return left, right
 
 
-@triton.jit(do_not_specialize=["num_q_blocks", "num_kv_blocks"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _qkv_rope_store_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
-    slots_ptr, row_stride, eps, num_q_blocks, num_kv_blocks,
+    slots_ptr, num_tokens, row_stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ANGLES: tl.constexpr,
-    STORES: tl.constexpr, K_EQ_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    STORES: tl.constexpr, K_EQ_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, b): BLOCK_H heads of token t. Blocks run over the q heads, then k's, then v's.
-
-    A head is held as its two halves, so that a dim and its rope partner meet in one thread.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    HALF: tl.constexpr = D // 2
-    pair = tl.arange(0, HALF)
-    dims = pair[None, :]
-    row_ptr = qkv_ptr + token * row_stride
-    position = tl.load(positions_ptr + token)
-    turns = pair < ANGLES
-    cos = tl.load(cos_ptr + position * ANGLES + pair, mask=turns, other=1.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + position * ANGLES + pair, mask=turns, other=0.0).to(tl.float32)[None, :]
-    dtype = q_ptr.dtype.element_ty
-
-    if block < num_q_blocks:
-        head = block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-        mask = (head < HEADS) & (dims < HALF)
-        low = tl.load(row_ptr + head * D + dims, mask, other=0.0).to(tl.float32)
-        high = tl.load(row_ptr + head * D + dims + HALF, mask, other=0.0).to(tl.float32)
-        scale = _rms_scale(low, high, eps, D)
-        w_low = tl.load(q_norm_ptr + dims).to(tl.float32)
-        w_high = tl.load(q_norm_ptr + dims + HALF).to(tl.float32)
-        low = (low * scale * w_low).to(dtype).to(tl.float32)
-        high = (high * scale * w_high).to(dtype).to(tl.float32)
-        _rotate_store(q_ptr + (token * HEADS + head) * D, low, high, cos, sin, dims, mask, HALF)
+    """Tiles run over q's heads, then k's, then v's. All loads of a tile are issued before its reduction."""
+    block = tl.program_id(0)
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    q_blocks = tl.cdiv(num_tokens * HEADS, ROWS)
+    if block < q_blocks:
+        token, head, real = heads_of(block, num_tokens, HEADS, ROWS)
+        position = tl.load(positions_ptr + token, mask=real, other=0)
+        low, high = load_halves(qkv_ptr + token * row_stride + head * D, real, D)
+        w_low, w_high = load_weight(q_norm_ptr, D)
+        cos, sin = _load_turns(cos_ptr, sin_ptr, position, ANGLES, D)
+        low, high = norm_halves(low, high, eps, D)
+        low, high = _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype)
+        store_halves(q_ptr + (token * HEADS + head) * D, low, high, real, D)
     elif STORES:
-        is_key = block < num_q_blocks + num_kv_blocks
-        first = tl.where(is_key, block - num_q_blocks, block - num_q_blocks - num_kv_blocks) * BLOCK_H
-        head = first + tl.arange(0, BLOCK_H)[:, None]
-        mask = (head < KV_HEADS) & (dims < HALF)
-        column = (head + HEADS + tl.where(is_key, 0, KV_HEADS)) * D
-        low = tl.load(row_ptr + column + dims, mask, other=0.0).to(tl.float32)
-        high = tl.load(row_ptr + column + dims + HALF, mask, other=0.0).to(tl.float32)
-        scale = _rms_scale(low, high, eps, D)
-        low = low * scale
-        high = high * scale
-        slot = tl.load(slots_ptr + token)
+        kv_blocks = tl.cdiv(num_tokens * KV_HEADS, ROWS)
+        is_key = block < q_blocks + kv_blocks
+        first = q_blocks + tl.where(is_key, 0, kv_blocks)
+        token, head, real = heads_of(block - first, num_tokens, KV_HEADS, ROWS)
+        slot = tl.load(slots_ptr + token, mask=real, other=0)
         target = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D
-        if K_EQ_V or not is_key:
-            tl.store(v_cache_ptr + target + dims, low.to(dtype), mask)
-            tl.store(v_cache_ptr + target + dims + HALF, high.to(dtype), mask)
+        column = (HEADS + tl.where(is_key, 0, KV_HEADS) + head) * D
+        low, high = load_halves(qkv_ptr + token * row_stride + column, real, D)
         if is_key:
-            w_low = tl.load(k_norm_ptr + dims).to(tl.float32)
-            w_high = tl.load(k_norm_ptr + dims + HALF).to(tl.float32)
-            low = (low * w_low).to(dtype).to(tl.float32)
-            high = (high * w_high).to(dtype).to(tl.float32)
-            _rotate_store(k_cache_ptr + target, low, high, cos, sin, dims, mask, HALF)
+            position = tl.load(positions_ptr + token, mask=real, other=0)
+            w_low, w_high = load_weight(k_norm_ptr, D)
+            cos, sin = _load_turns(cos_ptr, sin_ptr, position, ANGLES, D)
+            low, high = norm_halves(low, high, eps, D)
+            if K_EQ_V:
+                store_halves(v_cache_ptr + target, low, high, real, D)
+            low, high = _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype)
+            store_halves(k_cache_ptr + target, low, high, real, D)
+        else:
+            low, high = norm_halves(low, high, eps, D)
+            store_halves(v_cache_ptr + target, low, high, real, D)
 
 
-BLOCK_HEADS = 4  # of one program: 4 x 512 elements are 16 a thread; token count must not change the tiles
-
-
-def launch(
+def qkv_rope_store_launch(
     qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
 ) -> torch.Tensor:
     num_tokens, head_dim = qkv.shape[0], q_norm.shape[0]
-    assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
-    assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous(), "rows must be dense"
+    if not heads_fuse(head_dim):
+        return _unfused(
+            rms_norm_launch,
+            qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots,
+        )  # fmt: skip
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    q_blocks = triton.cdiv(num_heads, BLOCK_HEADS)
-    kv_blocks = triton.cdiv(num_kv_heads, BLOCK_HEADS)
-    kv_parts = {QkvMode.QKV: 2, QkvMode.Q_KEQV: 1, QkvMode.Q_ONLY: 0}[mode]
-    if mode is not QkvMode.Q_ONLY:
-        assert k_cache.is_contiguous() and v_cache.is_contiguous(), "the cache must be dense"
-    _qkv_rope_store_kernel[(num_tokens, q_blocks + kv_parts * kv_blocks)](
-        qkv, q_norm, k_norm, cos, sin, positions, q, k_cache, v_cache, slots,
-        qkv.stride(0), eps, q_blocks, kv_blocks,
+    mode = QkvMode(mode)
+    parts = KV_PARTS[mode]
+    tile = head_tile(num_tokens * (num_heads + parts * num_kv_heads), head_dim)
+    q_blocks, kv_blocks = (triton.cdiv(num_tokens * heads, tile["ROWS"]) for heads in (num_heads, num_kv_heads))
+    _qkv_rope_store_kernel[(q_blocks + parts * kv_blocks,)](
+        qkv, q_norm, k_norm, cos, sin, positions, q, k_cache, v_cache, slots, num_tokens, qkv.stride(0), eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, PAGE=1 if k_cache is None else k_cache.shape[2],
-        D=head_dim, ANGLES=cos.shape[1],
-        STORES=mode is not QkvMode.Q_ONLY, K_EQ_V=mode is QkvMode.Q_KEQV, BLOCK_H=BLOCK_HEADS,
-        num_warps=4,
-        enable_fp_fusion=False,  # torch rounds a product before it is added; an FMA would not
+        D=head_dim, ANGLES=cos.shape[1], STORES=parts > 0, K_EQ_V=mode is QkvMode.Q_KEQV, **tile,
     )  # fmt: skip
     return q
+
+
+_qkv_rope_store = define(  # no argument may be called `mode`: PyTorch's own dispatch of changed arguments has one
+    "qkv_rope_store(Tensor qkv, Tensor q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor positions, float eps,"
+    " int num_heads, int num_kv_heads, Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? slots, str qkv_mode)"
+    " -> Tensor",
+    check=check_qkv_rope_store, reference=qkv_rope_store_reference, launch=qkv_rope_store_launch,
+)  # fmt: skip

@@ -1,9 +1,11 @@
 """Rotary tables: cos and sin of every position, computed once, so that kernels gather instead of computing.
 
-The maths, dtypes and order of operations are HF's `Gemma4TextRotaryEmbedding`, so the bits are its bits.
+The maths, dtypes and order of operations are HF's `Gemma4TextRotaryEmbedding` and `apply_rotary_pos_emb`, so the
+bits are their bits.
 """
 
 import torch
+import torch.nn.functional as F
 
 from gemcutter.spec import RopeSpec
 
@@ -30,3 +32,15 @@ def rope_table(
         cos[rows] = angle.cos()
         sin[rows] = angle.sin()
     return cos, sin
+
+
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs (i, i + D/2) of x [..., D] by cos, sin [..., angles]; each product is rounded, then the sum.
+
+    Pairs from angles on are multiplied by cos 1 and sin 0, as in HF, and not copied: an infinity makes its
+    partner NaN, and -0.0 may come out as 0.0.
+    """
+    low, high = x.chunk(2, -1)
+    still = (0, low.shape[-1] - cos.shape[-1])
+    cos, sin = F.pad(cos, still, value=1.0), F.pad(sin, still, value=0.0)
+    return torch.cat([low * cos + -high * sin, high * cos + low * sin], -1)

@@ -1,0 +1,80 @@
+"""What the kernels of attention heads share: a tile of heads of any tokens, normed in registers.
+
+A head is held as its two halves: rope pairs dim i with i + D/2, and so both stand in one thread. In bfloat16 a head
+lies within one warp, and its norm needs no shared memory. A head is normed by itself, so tiles do not change bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gemcutter.ops.arguments import check_rows
+from gemcutter.ops.mean_square import mean_square_of_halves
+
+
+def check_heads(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    """x [T, heads, D], dense heads any distance apart; T, D, dtype and device as in `like`, where it is given."""
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: [tokens, heads, head dim] is needed; view it so")
+    check_rows(name, x)
+    if like is None:
+        return
+    if x.dtype != like.dtype or x.device != like.device:
+        raise TypeError(f"{name} is {x.dtype} on {x.device}: {like.dtype} on {like.device} is needed")
+    if x.shape[0] != like.shape[0] or x.shape[2] != like.shape[2]:
+        got, want = f"{x.shape[0]} tokens of head dim {x.shape[2]}", f"{like.shape[0]} and {like.shape[2]}"
+        raise ValueError(f"{name} has {got}: {want} are needed")
+
+
+def head_tile(heads: int, head_dim: int) -> dict[str, int]:
+    """Launch settings for so many heads of all tokens.
+
+    Up to 4096, which is all the one-warp programs that an H200 holds at once, a warp takes one head (or 256 dims
+    of several): the shortest way through. Beyond, a thread holds 32 dims, so that more loads are under way and
+    share what it reads of the weight.
+    """
+    a_warp = max(1, 256 // head_dim)
+    tile = dict(ROWS=a_warp, num_warps=1) if heads <= 4096 else dict(ROWS=4 * 1024 // head_dim, num_warps=4)
+    # No fused multiply-add: PyTorch rounds a product before it is added.
+    return tile | dict(enable_fp_fusion=False)
+
+
+@triton.jit
+def heads_of(block, num_tokens, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of tile `block`: token (int64) and head of each, and whether there is such a row; [ROWS, 1] each.
+
+    Rows are counted in int32: 2^31 heads of 32 dims, read and written, would not fit a GPU's memory.
+    """
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    return (row // HEADS).to(tl.int64), row % HEADS, row < num_tokens * HEADS
+
+
+@triton.jit
+def load_halves(ptr, mask, D: tl.constexpr):
+    """Heads at ptr [rows, 1] as two [rows, D/2] float32."""
+    dims = tl.arange(0, D // 2)[None, :]
+    low = tl.load(ptr + dims, mask=mask, other=0.0)
+    high = tl.load(ptr + D // 2 + dims, mask=mask, other=0.0)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def load_weight(ptr, D: tl.constexpr):
+    """The same of a weight [D], for all rows: [1, D/2] float32."""
+    dims = tl.arange(0, D // 2)[None, :]
+    return tl.load(ptr + dims).to(tl.float32), tl.load(ptr + D // 2 + dims).to(tl.float32)
+
+
+@triton.jit
+def store_halves(ptr, low, high, mask, D: tl.constexpr):
+    dims = tl.arange(0, D // 2)[None, :]
+    dtype = ptr.dtype.element_ty
+    tl.store(ptr + dims, low.to(dtype), mask=mask)
+    tl.store(ptr + D // 2 + dims, high.to(dtype), mask=mask)
+
+
+@triton.jit
+def norm_halves(low, high, eps, D: tl.constexpr):
+    """Without weight, not rounded."""
+    scale = tl.rsqrt(mean_square_of_halves(low, high, D) + eps)  # PyTorch's pow(-0.5) is rsqrt, on CPU and GPU
+    return low * scale, high * scale
