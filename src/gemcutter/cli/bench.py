@@ -1,11 +1,11 @@
-"""Measure: ops against their floors and peers, servers under load."""
+"""Measure: ops against their floors and peers, servers under load, one batch part by part."""
 
 import argparse
 
-from gemcutter.cli import bench_ops, bench_serve
+from gemcutter.cli import bench_latency, bench_ops, bench_serve
 from gemcutter.cli.flags import Parser
 
-SUBJECTS = {"ops": bench_ops, "serve": bench_serve}
+SUBJECTS = {"ops": bench_ops, "serve": bench_serve, "latency": bench_latency}
 
 
 def add_arguments(parser: Parser) -> None:

@@ -4,6 +4,9 @@ Floors are bytes that must move and FLOPs that must run, whatever the engine. Ro
 of B tokens touches E * (1 - (1 - k/E)^B) of a layer's E experts.
 """
 
+from enum import StrEnum
+from typing import NamedTuple
+
 from gemcutter.spec import Kind, LayerSpec, ModelSpec
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -32,38 +35,92 @@ def kv_bytes(spec: ModelSpec, context: int, element_bytes: float) -> float:
     )
 
 
+class Part(StrEnum):
+    """Kinds of work in a step."""
+
+    LINEARS = "dense linears"
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+    HEAD = "head"
+    NORMS = "norms, seams"
+    ROUTER = "router, sort"
+    OTHER = "other"
+
+
+class Work(NamedTuple):
+    """What must move and what must run, at least."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, bandwidth: float, flops: float) -> float:
+        return max(self.bytes / bandwidth, self.flops / flops)
+
+
+def step_work(
+    spec: ModelSpec, batch: int, new: int, context: int, weight_bytes: float, kv_element_bytes: float
+) -> dict[Part, Work]:
+    """Work of a step in which `batch` sequences compute the last `new` of `context` tokens and a logit row each.
+
+    Weights move once, of the experts those that are touched; K/V once per layer that reads them, for the weights
+    between two layers that share K/V sweep them out of the GPU's cache. The head keeps at least 2 bytes, as
+    quantised checkpoints leave it. Activations move in no part but the norms, which do little else: there each op
+    reads what it is given and writes what others read. FLOPs are 2 per weight and token, and 4 per head dim of
+    every visible (query, key) pair. Layers behind the last one that writes K/V serve the last token only. Router,
+    sort and the rest have no floor worth a number.
+    """
+    writers = 1 + max(layer.index for layer in spec.layers if layer.owns_kv)
+    tokens = batch * new
+    linear_flops = expert_flops = pairs_flops = 0.0
+    expert_weights = kv = activations = 0.0
+    for layer in spec.layers:
+        queries = new if layer.index < writers else 1
+        linear_flops += 2 * _layer_matrices(spec, layer) * batch * queries
+        pairs = _pairs(context, layer.window) - _pairs(context - queries, layer.window)
+        pairs_flops += 4 * layer.q_width * batch * pairs
+        kv += 2 * layer.kv_width * batch * min(context, queries + (layer.window or context) - 1)
+        # The attention seam reads 2 rows and writes 2, the layer seam too; with experts 2 and 4, 3 and 2.
+        seams = 8 if layer.experts is None else 11
+        stored = 2 * layer.kv_width if layer.owns_kv else 0
+        activations += batch * queries * (layer.qkv_width + layer.q_width + stored + seams * spec.hidden)
+        if layer.experts:
+            expert = _expert_matrices(spec, layer)
+            expert_flops += 2 * layer.experts.top_k * expert * batch * queries
+            expert_weights += _touched(layer, batch * queries) * expert
+    if spec.ple_width:
+        linear_flops += 2 * tokens * len(spec.layers) * spec.ple_width * spec.hidden
+    vectors = _vectors(spec)
+    table = spec.vocab * spec.hidden
+    return {
+        Part.LINEARS: Work((_dense(spec) - vectors) * weight_bytes, linear_flops),
+        Part.EXPERTS: Work(expert_weights * weight_bytes, expert_flops),
+        Part.ATTENTION: Work(kv * kv_element_bytes, pairs_flops),
+        Part.HEAD: Work(table * max(2.0, weight_bytes), 2.0 * batch * table),
+        Part.NORMS: Work((vectors + activations) * weight_bytes, 0.0),
+    }
+
+
 def decode_bytes(spec: ModelSpec, batch: int, context: int, weight_bytes: float, kv_element_bytes: float) -> float:
     """Bytes that one decode step of `batch` sequences moves, each with `context` tokens held.
 
-    Weights once a step, of the experts those that are touched; K/V once per layer that reads them, for the weights
-    between two layers that share K/V sweep them out of the GPU's cache. Embeddings and head keep at least 2 bytes,
-    as quantised checkpoints leave them.
+    Weights, K/V and the rows of the embeddings, which keep at least 2 bytes, as the head does; no activations.
     """
-    experts = sum(_touched(layer, batch) * _expert_matrices(spec, layer) for layer in spec.layers if layer.experts)
-    head = spec.vocab * spec.hidden * max(2.0, weight_bytes)
+    work = step_work(spec, batch, 1, context, weight_bytes, kv_element_bytes)
     rows = batch * (spec.hidden + (len(spec.layers) * spec.ple_width)) * max(2.0, weight_bytes)
-    kv = sum(2 * layer.kv_width * min(context, layer.window or context) for layer in spec.layers)
-    return (_dense(spec) + experts) * weight_bytes + head + rows + batch * kv * kv_element_bytes
+    moved = sum(part.bytes for name, part in work.items() if name is not Part.NORMS)
+    return moved + _vectors(spec) * weight_bytes + rows
 
 
 def prefill_flops(spec: ModelSpec, tokens: int) -> float:
-    """FLOPs of one prompt: 2 per weight and token, 4 per head dim of every visible (query, key) pair; no head.
+    """FLOPs of one prompt, without the head's."""
+    work = step_work(spec, 1, tokens, tokens, 0, 0)
+    return sum(part.flops for name, part in work.items() if name is not Part.HEAD)
 
-    Layers behind the last one that writes K/V serve the last token only.
-    """
-    writers = 1 + max(layer.index for layer in spec.layers if layer.owns_kv)
-    flops = 0.0
-    for layer in spec.layers:
-        queries = tokens if layer.index < writers else 1
-        matrices = _layer_matrices(spec, layer)
-        if layer.experts:
-            matrices += layer.experts.top_k * _expert_matrices(spec, layer)
-        span = min(tokens, layer.window or tokens)
-        pairs = span * span / 2 + (tokens - span) * span if queries == tokens else span
-        flops += 2 * matrices * queries + 4 * layer.q_width * pairs
-    if spec.ple_width:
-        flops += 2 * tokens * len(spec.layers) * spec.ple_width * spec.hidden
-    return flops
+
+def _pairs(tokens: int, window: int | None) -> int:
+    """(query, key) pairs in sight of the first `tokens` queries."""
+    span = min(tokens, window or tokens)
+    return span * (span + 1) // 2 + (tokens - span) * span
 
 
 def _touched(layer: LayerSpec, tokens: int) -> float:
@@ -73,10 +130,13 @@ def _touched(layer: LayerSpec, tokens: int) -> float:
 
 def _dense(spec: ModelSpec) -> int:
     """Everything that every step reads whole, but the head."""
-    count = spec.hidden  # the last norm
-    if spec.ple_width:
-        count += len(spec.layers) * spec.ple_width * spec.hidden + spec.ple_width
-    return count + sum(_layer_matrices(spec, layer) + _layer_vectors(spec, layer) for layer in spec.layers)
+    projection = len(spec.layers) * spec.ple_width * spec.hidden
+    return projection + _vectors(spec) + sum(_layer_matrices(spec, layer) for layer in spec.layers)
+
+
+def _vectors(spec: ModelSpec) -> int:
+    """Norms and scales, the last norm and the per-layer projection's included."""
+    return spec.hidden + spec.ple_width + sum(_layer_vectors(spec, layer) for layer in spec.layers)
 
 
 def _ple_table(spec: ModelSpec) -> int:

@@ -1,0 +1,76 @@
+"""Which part of a step a kernel belongs to, by its name and by what runs after it.
+
+cuBLAS names the head's product like any other's, and a graph keeps no trace of who launched what. But a step is a
+fixed sequence, and the head is the one product that no seam, norm, rope or router follows: after it come the soft
+cap and sampling, or the next step's embedding.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+
+import triton
+
+import gemcutter.ops
+from gemcutter.model.cost import Part
+
+# In names of products with weights: cuBLAS's, CUTLASS's, PyTorch's on a CPU (where attention's are aten::matmul).
+PRODUCTS = ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas", "aten::linear")
+
+# By op, and for kernels by the file of ops/ that they stand in; others are Part.OTHER.
+PARTS = {
+    "linear": Part.LINEARS,
+    "experts": Part.EXPERTS,
+    "attend": Part.ATTENTION,
+    "attend_decode": Part.ATTENTION,
+    "attend_prefill": Part.ATTENTION,
+    "logits": Part.HEAD,
+    "softcap": Part.HEAD,
+    "rms_norm": Part.NORMS,
+    "rms_norm_fp8": Part.NORMS,
+    "quantize_fp8": Part.NORMS,
+    "qkv_norm": Part.NORMS,
+    "k_eq_v_norm": Part.NORMS,
+    "qkv_rope_store": Part.NORMS,
+    "attention_seam": Part.NORMS,
+    "layer_seam": Part.NORMS,
+    "select_experts": Part.ROUTER,
+    "sort_by_expert": Part.ROUTER,
+}
+AFTER_HEAD = ("logits", "softcap", "embed", "sample")  # and the end
+
+
+def kernels_of_ops() -> dict[str, str]:
+    """The file of ops/ of every Triton kernel there, by its name, which is the name that profilers show."""
+    found: dict[str, str] = {}
+    for info in pkgutil.iter_modules(gemcutter.ops.__path__):
+        module = importlib.import_module(f"gemcutter.ops.{info.name}")
+        for name, value in vars(module).items():
+            if not isinstance(value, triton.runtime.JITFunction) or not name.endswith("_kernel"):
+                continue  # what is not launched has no name in a profile
+            if value.fn.__module__ == module.__name__:
+                assert found.setdefault(name, info.name) == info.name, f"two kernels are named {name}"
+    return found
+
+
+def parts_of(names: Sequence[str]) -> list[Part]:
+    """The part of each kernel or op, given in the order in which they ran."""
+    kernels = kernels_of_ops()
+    ops = [_op(name, kernels) for name in names]
+    parts = [PARTS.get(op, Part.OTHER) for op in ops]
+    follower = None  # the op of ours, products aside, that runs next
+    for place in reversed(range(len(ops))):
+        if ops[place] == "linear":
+            if follower is None or follower in AFTER_HEAD:
+                parts[place] = Part.HEAD
+        elif ops[place] is not None:
+            follower = ops[place]
+    return parts
+
+
+def _op(name: str, kernels: dict[str, str]) -> str | None:
+    if name.startswith("gemcutter::"):
+        return name.removeprefix("gemcutter::").rstrip("_")
+    if name in kernels:
+        return kernels[name]
+    return "linear" if any(product in name.lower() for product in PRODUCTS) else None

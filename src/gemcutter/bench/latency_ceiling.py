@@ -1,0 +1,41 @@
+"""What this device reaches in this run: a copy, and a product of large matrices."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from gemcutter.bench import timing
+
+GPU_SIDE = 8192  # of the square matrices
+CPU_SIDE = 1024
+CPU_COPY = 1 << 28  # bytes, past any cache
+
+
+class Ceiling(NamedTuple):
+    bandwidth: float  # bytes/s, read and written together
+    flops: float  # FLOP/s
+
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+    """Medians of several tries; a GPU's in CUDA graphs."""
+    side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            [seconds] = timing.time_graphs([timing.Graph([lambda: left @ right] * 4)])
+            return Ceiling(timing.measure_ceiling().bandwidth, 2 * side**3 / seconds)
+    source = torch.ones(CPU_COPY, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copied, multiplied = _best(lambda: target.copy_(source)), _best(lambda: left @ right)
+    return Ceiling(2 * CPU_COPY / copied, 2 * side**3 / multiplied)
+
+
+def _best(call, tries: int = 5) -> float:
+    """Seconds of the fastest try: whatever else runs on a CPU only slows it down."""
+    times = []
+    for _ in range(1 + tries):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
