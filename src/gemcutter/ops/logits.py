@@ -50,7 +50,7 @@ def softcap_reference_(x: torch.Tensor, cap: float) -> None:
     x.copy_(torch.tanh(x / cap) * cap)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _softcap_kernel(x_ptr, size, inverse_cap, cap, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -73,7 +73,7 @@ def _rank_kernel(
     expert = at - slots
     query = tl.load(ids_ptr + at, mask=is_slot, other=0).to(tl.int32) * SPAN + at
     query = tl.where(is_slot, query, expert * SPAN)
-    place = tl.sum((key[None, :] < query[:, None]).to(tl.int32), axis=1)
+    place = tl.sum((key[:, None] < query[None, :]).to(tl.int32), axis=0)
     tl.store(order_ptr + place, at, mask=is_slot)
     tl.store(starts_ptr + expert, place, mask=(expert >= 0) & (expert <= E))
 
@@ -120,9 +120,10 @@ def _place_kernel(
         slot = first + lane
         inside = slot < end
         ids = tl.load(ids_ptr + slot, mask=inside, other=E).to(tl.int32)
-        # Lanes ahead with the same expert, of the keys ids * BLOCK + lane: one difference, one comparison.
-        ahead = (ids * BLOCK + lane)[None, :] - (ids * BLOCK)[:, None]
-        rank = tl.sum((ahead.to(tl.uint32, bitcast=True) < lane.to(tl.uint32)[:, None]).to(tl.int32), axis=1)
+        # Lanes ahead with the same expert, of the keys ids * BLOCK + lane: one difference, one comparison. Along
+        # axis 0, which a thread adds up by itself.
+        ahead = (ids * BLOCK + lane)[:, None] - (ids * BLOCK)[None, :]
+        rank = tl.sum((ahead.to(tl.uint32, bitcast=True) < lane.to(tl.uint32)[None, :]).to(tl.int32), axis=0)
         place = tl.gather(next_place, tl.where(inside, ids, 0), 0) + rank
         tl.store(order_ptr + place, slot, mask=inside)
         next_place += tl.histogram(ids, E_BLOCK, mask=inside)
