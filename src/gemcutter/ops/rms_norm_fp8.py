@@ -1,0 +1,105 @@
+"""RMSNorm, with or without a residual added before it, and FP8 quantisation of its rows in one launch.
+
+residual_out = x + residual, rounded to the dtype before the norm reads it
+q, scale = quantize_fp8(rms_norm(residual_out, weight)), the norm rounded to the dtype before its largest is taken
+Source: `rms_norm.py`, `quantize_fp8.py`; the sum's rounding is HF's, whose residual is a tensor of the dtype.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.library import define
+from gemcutter.ops.mean_square import mean_square
+from gemcutter.ops.quantize_fp8 import (
+    Quantized,
+    check_quantized_width,
+    empty_quantized,
+    quantize_fp8_reference,
+    quantize_rows,
+    quantized_row_tile,
+)
+from gemcutter.ops.rms_norm import rms_norm_reference
+
+
+def rms_norm_fp8(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None = None
+) -> tuple[Quantized, torch.Tensor | None]:
+    """Add, normalise and quantise each row.
+
+    Args:
+        x: [T, H] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0, H is at most 65536.
+        weight: [H] of x's dtype, dense, or None.
+        eps: added to the mean square.
+        residual: like x, or None.
+
+    Returns:
+        quantized: q [T, H] and scale [T, 1], as of `quantize_fp8`; without tokens too.
+        residual_out: [T, H] of x's dtype, contiguous; None without residual.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
+    """
+    q, scale, *residual_out = _rms_norm_fp8(x, weight, eps, residual)
+    return Quantized(q, scale), residual_out[0] if residual_out else None
+
+
+def check_rms_norm_fp8(x, weight, eps, residual) -> None:
+    check_matrix("x", x)
+    check_quantized_width("x", x.shape[1])
+    if weight is not None:
+        check_weight("weight", weight, x.shape[1], x)
+    if residual is not None:
+        check_matrix("residual", residual, like=x)
+
+
+def rms_norm_fp8_reference(x, weight, eps, residual) -> list[torch.Tensor]:
+    if residual is None:
+        return [*quantize_fp8_reference(rms_norm_reference(x, weight, eps))]
+    hidden = (x + residual).contiguous()
+    return [*quantize_fp8_reference(rms_norm_reference(hidden, weight, eps)), hidden]
+
+
+@triton.jit
+def _rms_norm_fp8_kernel(
+    x_ptr, weight_ptr, residual_ptr, q_ptr, scale_ptr, hidden_ptr, x_stride, residual_stride, eps,
+    H: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = col < H
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        residual = tl.load(residual_ptr + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
+        hidden = (x + residual).to(dtype)
+        tl.store(hidden_ptr + row * H + col, hidden, mask=inside)
+        x = hidden.to(tl.float32)
+    y = x * tl.rsqrt(mean_square(x, H) + eps)
+    if WEIGHTED:
+        y = y * tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    # Past the row's end 0 times an infinite factor would be NaN, and the largest of its row.
+    q, scale = quantize_rows(tl.where(inside, y.to(dtype).to(tl.float32), 0.0))
+    tl.store(q_ptr + row * H + col, q, mask=inside)
+    tl.store(scale_ptr + row + tl.zeros_like(scale).to(tl.int32), scale)
+
+
+def rms_norm_fp8_launch(x, weight, eps, residual) -> list[torch.Tensor]:
+    rows, width = x.shape
+    q, scale = empty_quantized(rows, width, x.device)
+    hidden = [] if residual is None else [torch.empty(rows, width, dtype=x.dtype, device=x.device)]
+    if rows:
+        added = residual is not None
+        _rms_norm_fp8_kernel[(rows,)](
+            x, weight, residual, q.view(torch.uint8), scale, hidden[0] if added else None,
+            x.stride(0), residual.stride(0) if added else 0, eps,
+            H=width, WEIGHTED=weight is not None, ADDED=added, **quantized_row_tile(width),
+        )  # fmt: skip
+    return [q, scale, *hidden]
+
+
+_rms_norm_fp8 = define(
+    "rms_norm_fp8(Tensor x, Tensor? weight, float eps, Tensor? residual) -> Tensor[]",
+    check=check_rms_norm_fp8, reference=rms_norm_fp8_reference, launch=rms_norm_fp8_launch,
+)  # fmt: skip
