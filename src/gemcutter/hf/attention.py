@@ -75,7 +75,9 @@ class Attention:
         # HF's rows repeat their angles: as a table of half rows, token t's stand in row 2t. One sequence's rows
         # may serve all of a batch.
         rows = cos.shape[0] * length
-        positions = torch.arange(0, 2 * rows, 2, device=x.device).repeat(tokens // rows)
+        positions = torch.arange(0, 2 * rows, 2, device=x.device)
+        if rows < tokens:
+            positions = positions.repeat(tokens // rows)
         cos, sin = cos.reshape(2 * rows, -1), sin.reshape(2 * rows, -1)
         q = qkv_rope_store(
             qkv.view(tokens, -1), self.q_norm.weight, k_norm, cos, sin, positions, self.q_norm.eps,
