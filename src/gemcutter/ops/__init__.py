@@ -7,23 +7,30 @@ from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
 from gemcutter.ops.geglu import geglu, gelu_mul
+from gemcutter.ops.k_eq_v_norm import k_eq_v_norm
 from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.logits import logits, softcap_
 from gemcutter.ops.per_layer_inputs import per_layer_inputs
+from gemcutter.ops.qkv_norm import qkv_norm_
+from gemcutter.ops.qkv_rope_store import QkvMode, qkv_rope_store
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.select_experts import select_experts
 from gemcutter.ops.sort_by_expert import sort_by_expert
 
 __all__ = [
+    "QkvMode",
     "Routed",
     "attention_seam",
     "embed",
     "experts",
     "geglu",
     "gelu_mul",
+    "k_eq_v_norm",
     "layer_seam",
     "logits",
     "per_layer_inputs",
+    "qkv_norm_",
+    "qkv_rope_store",
     "rms_norm",
     "select_experts",
     "softcap_",
