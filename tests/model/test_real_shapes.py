@@ -8,48 +8,17 @@ per layer): scores of std sqrt(head_dim), which q_norm brings down to 1 as train
 eighth and ninth expert are a rounding apart. Those are counted, their scores shown to be that close, and left out.
 """
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
-import released
 import torch
+from forward import CUTS, PAGE, build, step_batch
 
-from gemcutter.batch import KindBatch, StepBatch
 from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
-from gemcutter.checkpoint.config import read_spec
-from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.model import gemma4, plain
 from gemcutter.ops.rms_norm import rms_norm
 
-S, F = "sliding_attention", "full_attention"
-PAGE = 16
-CUTS = {
-    "e4b": dict(num_hidden_layers=6, layer_types=[S, F, S, F, S, F], num_kv_shared_layers=2),
-    "26b": dict(num_hidden_layers=3, layer_types=[S, S, F]),
-    "31b": dict(num_hidden_layers=2, layer_types=[S, F]),
-}
 CHUNKS = [(0, 1100), (1100, 1400), (1400, 1401)]
-
-
-def build(name: str, folder):
-    """(spec, weights) of the first layers of a released model, with a small vocabulary."""
-    config = released.config(name)
-    small = {"vocab_size": 4096, "vocab_size_per_layer_input": 4096, "max_position_embeddings": 2048}
-    config["text_config"].update(CUTS[name] | small)
-    (folder / "config.json").write_text(json.dumps(config))
-    spec = read_spec(folder)
-    weights = dummy_weights(spec, torch.device("cuda"), torch.bfloat16, seed=3)
-    generator = torch.Generator("cuda").manual_seed(4)
-    for w in weights.layers:  # norms of 1 hide a swapped or forgotten norm weight
-        for field in dataclasses.fields(w):
-            value = getattr(w, field.name)
-            if isinstance(value, torch.Tensor) and value.dim() == 1:
-                value.copy_(0.8 + 0.4 * torch.rand(value.shape, generator=generator, device="cuda"))
-        w.q_norm.mul_(w.q_norm.numel() ** -0.5)
-    return spec, weights
 
 
 def record(monkeypatch, module, name: str, results: list) -> None:
@@ -73,26 +42,6 @@ def same_experts(ours: list, theirs: list) -> torch.Tensor:
     return same
 
 
-def chunk_batch(spec, start: int, stop: int, tables: dict) -> StepBatch:
-    positions = torch.arange(start, stop, device="cuda")
-    one = stop - start == 1
-    kinds = {}
-    for kind, table in tables.items():
-        pages = torch.from_numpy(table).cuda()
-        kinds[kind] = KindBatch(pages[None], pages.long()[positions // PAGE] * PAGE + positions % PAGE)
-    return StepBatch(
-        token_ids=positions,
-        positions=positions,
-        query_start=torch.tensor([0, stop - start], dtype=torch.int32, device="cuda"),
-        kv_len=torch.tensor([stop], dtype=torch.int32, device="cuda"),
-        logit_rows=torch.tensor([stop - start - 1], device="cuda"),
-        kinds=kinds,
-        num_decodes=int(one),
-        max_query_len=0 if one else stop - start,
-        max_kv_len=stop,
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CUTS)
 @torch.inference_mode()
@@ -107,7 +56,7 @@ def test_layers_stay_close_to_plain(name, tmp_path, monkeypatch):
     layout = CacheLayout.of(spec, PAGE, 2)
     count = layout.num_pages(total)
     rng = np.random.default_rng(6)
-    tables = {kind: (1 + rng.permutation(count)).astype(np.int32) for kind in layout.kinds}
+    tables = {kind: (1 + rng.permutation(count)).astype(np.int32)[None] for kind in layout.kinds}
     pool = KVPool(spec, layout, dict.fromkeys(layout.kinds, count + 1), torch.bfloat16, torch.device("cuda"))
     model = gemma4.Gemma4(spec, weights, 2048)
     routed, routed_plainly = [], []
@@ -119,7 +68,7 @@ def test_layers_stay_close_to_plain(name, tmp_path, monkeypatch):
         routed.clear()
         for start, stop in CHUNKS:
             own = per_layer[start:stop, layer.index] if per_layer is not None else None
-            batch = chunk_batch(spec, start, stop, tables)
+            batch = step_batch(ids[start:stop], [(start, stop)], tables)
             hidden = stream[layer.index][start:stop]
             normed = rms_norm(hidden, w.input_norm, spec.eps)
             parts.append(model.decoder_layer(layer, w, weights.norm, hidden, normed, own, batch, pool)[0])
@@ -143,10 +92,9 @@ def test_logits_stay_close_to_plain(name, tmp_path):
     spec, weights = build(name, tmp_path)
     ids = torch.randint(0, spec.vocab, (50,), device="cuda")
     layout = CacheLayout.of(spec, PAGE, 2)
-    tables = {kind: np.arange(1, 5, dtype=np.int32) for kind in layout.kinds}
+    tables = {kind: np.arange(1, 5, dtype=np.int32)[None] for kind in layout.kinds}
     pool = KVPool(spec, layout, dict.fromkeys(layout.kinds, 5), torch.bfloat16, torch.device("cuda"))
-    batch = chunk_batch(spec, 0, 50, tables)
-    batch.token_ids = ids
+    batch = step_batch(ids, [(0, 50)], tables)
     ours = gemma4.Gemma4(spec, weights, 2048).forward(batch, pool)[0].float()
     theirs = plain.forward(spec, weights, ids)[-1].float()
     error = (ours - theirs).norm() / theirs.norm()

@@ -1,0 +1,68 @@
+"""Layers of released shapes with random weights, and batches to run through them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import released
+import torch
+
+from gemcutter.batch import KindBatch, StepBatch
+from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.dummy import dummy_weights
+
+S, F = "sliding_attention", "full_attention"
+PAGE = 16
+CUTS = {
+    "e4b": dict(num_hidden_layers=6, layer_types=[S, F, S, F, S, F], num_kv_shared_layers=2),
+    "26b": dict(num_hidden_layers=3, layer_types=[S, S, F]),
+    "31b": dict(num_hidden_layers=2, layer_types=[S, F]),
+}
+
+
+def build(name: str, folder):
+    """(spec, weights) of the first layers of a released model, with a small vocabulary."""
+    config = released.config(name)
+    small = {"vocab_size": 4096, "vocab_size_per_layer_input": 4096, "max_position_embeddings": 2048}
+    config["text_config"].update(CUTS[name] | small)
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = read_spec(folder)
+    weights = dummy_weights(spec, torch.device("cuda"), torch.bfloat16, seed=3)
+    generator = torch.Generator("cuda").manual_seed(4)
+    for w in weights.layers:  # norms of 1 hide a swapped or forgotten norm weight
+        for field in dataclasses.fields(w):
+            value = getattr(w, field.name)
+            if isinstance(value, torch.Tensor) and value.dim() == 1:
+                value.copy_(0.8 + 0.4 * torch.rand(value.shape, generator=generator, device="cuda"))
+        w.q_norm.mul_(w.q_norm.numel() ** -0.5)
+    return spec, weights
+
+
+def step_batch(token_ids: torch.Tensor, chunks: list[tuple[int, int]], tables: dict) -> StepBatch:
+    """Tokens [start, stop) of one sequence after the other, those of one token first.
+
+    Args:
+        token_ids: of all chunks, flat.
+        tables: [sequences, pages] int32 of each kind.
+    """
+    device = token_ids.device
+    lengths = [stop - start for start, stop in chunks]
+    ends = np.cumsum([0, *lengths])
+    positions = torch.cat([torch.arange(start, stop) for start, stop in chunks])
+    sequence = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(lengths))
+    kinds = {}
+    for kind, table in tables.items():
+        pages = torch.from_numpy(np.ascontiguousarray(table))
+        slots = pages.long()[sequence, positions // PAGE] * PAGE + positions % PAGE
+        kinds[kind] = KindBatch(pages.to(device), slots.to(device))
+    return StepBatch(
+        token_ids=token_ids,
+        positions=positions.to(device),
+        query_start=torch.tensor(ends, dtype=torch.int32, device=device),
+        kv_len=torch.tensor([stop for _, stop in chunks], dtype=torch.int32, device=device),
+        logit_rows=torch.tensor(ends[1:] - 1, device=device),
+        kinds=kinds,
+        num_decodes=lengths.count(1),
+        max_query_len=max((length for length in lengths if length > 1), default=0),
+        max_kv_len=max(stop for _, stop in chunks),
+    )

@@ -1,0 +1,46 @@
+"""Take other functions for ops, where PyTorch's dispatcher looks for them, and count their calls."""
+
+import contextlib
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+
+# Every op of the forward pass but the matrix products (attention and experts): where its reference stands.
+REFERENCES = {
+    "attention_seam": "attention_seam.attention_seam_reference",
+    "embed": "embed.embed_reference",
+    "geglu": "geglu.geglu_reference",
+    "gelu_mul": "geglu.gelu_mul_reference",
+    "layer_seam": "layer_seam.layer_seam_reference",
+    "per_layer_inputs": "per_layer_inputs.per_layer_inputs_reference",
+    "qkv_rope_store": "qkv_rope_store.qkv_rope_store_reference",
+    "rms_norm": "rms_norm.rms_norm_reference",
+    "select_experts": "select_experts.select_experts_reference",
+    "softcap_": "logits.softcap_reference_",
+    "sort_by_expert": "sort_by_expert.sort_by_expert_reference",
+}
+
+
+def reference(op: str) -> Callable:
+    module, _, name = REFERENCES[op].rpartition(".")
+    return getattr(importlib.import_module(f"gemcutter.ops.{module}"), name)
+
+
+@contextlib.contextmanager
+def swapped(key: str, **functions: Callable) -> Iterator[Counter]:
+    """Until the end of the block, ops on devices of this dispatch key run these functions; yields calls of each."""
+    calls = Counter()
+
+    def counted(name: str, function: Callable) -> Callable:
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    with torch.library._scoped_library("gemcutter", "IMPL") as library:
+        for name, function in functions.items():
+            library.impl(name, counted(name, function), key, allow_override=True)
+        yield calls

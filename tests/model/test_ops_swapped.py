@@ -1,0 +1,169 @@
+"""The engine's forward pass with kernels, and with their references in their place: the same logits, bit for bit.
+
+Matrix products, attention and experts, stay what they are.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from forward import CUTS, PAGE, build, step_batch
+from swap import REFERENCES, reference, swapped
+
+import gemcutter
+from gemcutter.cache.layout import CacheLayout
+from gemcutter.cache.pool import KVPool
+from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.load import load
+from gemcutter.model import plain
+from gemcutter.model.gemma4 import Gemma4
+from gemcutter.verify.compare import count_differing
+
+MODELS = Path(gemcutter.__file__).parent / "models"
+# Ops that only some models call.
+EXPERTS, PER_LAYER = {"select_experts", "sort_by_expert"}, {"gelu_mul", "per_layer_inputs"}
+
+
+def called_by(spec) -> set[str]:
+    left_out = set() if any(layer.experts for layer in spec.layers) else EXPERTS
+    left_out = left_out if spec.ple_width else left_out | PER_LAYER
+    return set(REFERENCES) - left_out - (set() if spec.softcap else {"softcap_"})
+
+
+class Case:
+    """A model, and steps through it: prompts side by side, then a token of each, then both mixed."""
+
+    def __init__(self, spec, weights, lengths: list[int]) -> None:
+        self.spec, self.model = spec, Gemma4(spec, weights, 2048)
+        self.dtype, self.device = weights.embed.dtype, weights.embed.device
+        self.layout = CacheLayout.of(spec, PAGE, self.dtype.itemsize)
+        longest = self.layout.num_pages(max(lengths) + 2)
+        rng = np.random.default_rng(0)
+        self.pages = len(lengths) * longest + 1
+        self.tables = {
+            kind: (1 + rng.permutation(self.pages - 1)).astype(np.int32).reshape(len(lengths), longest)
+            for kind in self.layout.kinds
+        }
+        prompts = [(0, length) for length in lengths]
+        decodes = [(length, length + 1) for length in lengths]
+        mixed = [(length + 1, length + 2) for length in lengths[:-1]] + [(lengths[-1] // 2, lengths[-1])]
+        self.steps = [prompts, decodes, mixed]
+
+    def run(self) -> tuple[list[torch.Tensor], KVPool]:
+        pool = KVPool(self.spec, self.layout, dict.fromkeys(self.layout.kinds, self.pages), self.dtype, self.device)
+        generator = torch.Generator().manual_seed(1)
+        logits = []
+        for chunks in self.steps:
+            count = sum(stop - start for start, stop in chunks)
+            ids = torch.randint(self.spec.vocab, (count,), generator=generator).to(self.device)
+            batch = step_batch(ids, chunks, self.tables)
+            batch.logit_rows = torch.arange(count, device=self.device)
+            logits.append(self.model.forward(batch, pool))
+        return logits, pool
+
+
+def differing(ours: tuple, theirs: tuple, spec) -> dict[str, int]:
+    """Elements that differ, of the logits of each step and of all caches."""
+    found = {f"step {i}": count_differing(a, b) for i, (a, b) in enumerate(zip(ours[0], theirs[0], strict=True))}
+    for layer in spec.layers:
+        found[f"k of {layer.index}"] = count_differing(ours[1].k(layer.index), theirs[1].k(layer.index))
+        found[f"v of {layer.index}"] = count_differing(ours[1].v(layer.index), theirs[1].v(layer.index))
+    return {name: count for name, count in found.items() if count}
+
+
+@pytest.mark.parametrize("kind", ["moe", "ple_shared"])
+@torch.inference_mode()
+def test_swap_reaches_every_op(kind, tmp_path):
+    """On a CPU references run anyway, so this is about the swap: it is seen, wrong ops are found, and it ends."""
+    tiny_models.make(kind).save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    case = Case(spec, load(spec, tmp_path, torch.device("cpu"), torch.float32, "auto", 0), [1, 9, 30])
+    want = case.run()
+    called = called_by(spec) - {"sort_by_expert"}  # the experts' reference does not sort
+    with swapped("CPU", **{op: reference(op) for op in REFERENCES}) as calls:
+        assert not differing(case.run(), want, spec)
+    assert set(calls) == called, set(calls) ^ called
+    for op in called:
+        with swapped("CPU", **{op: off_by_an_ulp(reference(op))}):
+            assert differing(case.run(), want, spec), f"nobody notices a wrong {op}"
+    before = calls.total()
+    assert not differing(case.run(), want, spec) and calls.total() == before
+
+
+def off_by_an_ulp(function):
+    """The same function, but the floats it returns, or changes, are one step larger."""
+
+    def wrong(*args):
+        found = function(*args)
+        results = [args[0]] if found is None else [found] if isinstance(found, torch.Tensor) else found
+        for x in results:
+            if x.is_floating_point():
+                x.copy_(torch.nextafter(x, torch.full_like(x, torch.inf)))
+        return found
+
+    return wrong
+
+
+def real(name: str, folder) -> tuple:
+    """(spec, weights) on the GPU: ours as shipped, released shapes with random weights, a few layers."""
+    if name in CUTS:
+        return build(name, folder)
+    spec = read_spec(MODELS / name)
+    return spec, load(spec, MODELS / name, torch.device("cuda"), torch.bfloat16, "auto", 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["carat", "carat-edge", *CUTS])
+@torch.inference_mode()
+def test_gpu_logits_are_those_of_the_references(name, tmp_path):
+    spec, weights = real(name, tmp_path)
+    case = Case(spec, weights, [3, 50, 17, 1, 1100])
+    got = case.run()
+    assert all(logits.isfinite().all() for logits in got[0])
+    with swapped("CUDA", **{op: reference(op) for op in REFERENCES}) as calls:
+        want = case.run()
+    assert set(calls) == called_by(spec), set(calls) ^ called_by(spec)
+    assert not differing(got, want, spec)
+    print(f"{name}: {sum(x.numel() for x in want[0])} logits, none differs; calls {dict(calls)}")
+
+
+def launches(run) -> int:
+    """Kernels, copies and fills on the GPU."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CUTS)
+@torch.inference_mode()
+def test_gpu_launches_of_a_layer(name, tmp_path):
+    """Of one decoded token: prints a row of docs/kernels.md for each kind of layer."""
+    spec, weights = build(name, tmp_path)
+    case = Case(spec, weights, [50])
+    _, pool = case.run()
+    batch = step_batch(torch.tensor([7], device="cuda"), [(50, 51)], case.tables)
+    hidden = torch.randn(1, spec.hidden, device="cuda").bfloat16()
+    own = torch.randn(1, spec.ple_width, device="cuda").bfloat16() if spec.ple_width else None
+    seen, shared = set(), {}
+    for layer, w in zip(spec.layers, weights.layers, strict=True):
+
+        def ops(layer=layer, w=w):
+            case.model.decoder_layer(layer, w, weights.norm, hidden, hidden, own, batch, pool)
+
+        def eager(layer=layer, w=w):
+            plain.decoder_layer(spec, layer, w, hidden, own, shared)
+
+        fused, as_hf = launches(ops), launches(eager)
+        with swapped("CUDA", **{op: reference(op) for op in REFERENCES}):
+            unfused = launches(ops)
+        if (kind := (layer.kind, layer.owns_kv)) not in seen:
+            seen.add(kind)
+            what = f"{layer.kind.value}{'' if layer.owns_kv else ', reads shared K/V'}"
+            print(f"| {name} | {what} | {as_hf} | {unfused} | {fused} |")
+        assert fused < unfused
