@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import gemcutter.bench.ops as bench
-from gemcutter.bench import report, timing
+from gemcutter.bench import report, timing, warm
 from gemcutter.bench.ops import compare, geometric_mean, measure
 from gemcutter.bench.peers import PEERS, Peer
 from gemcutter.bench.timing import Ceiling, copies, held_bytes, plan_turns
@@ -48,7 +48,7 @@ def peer(name, function=rms_norm_reference, needs=("torch",)) -> Peer:
 @pytest.fixture
 def peers(monkeypatch):
     """Puts peers in place of the real ones; of packages, only torch is there."""
-    for module in (bench, report):
+    for module in (bench, report, warm):
         absent = dict(torch=None, vllm="vllm is not installed")
         monkeypatch.setattr(module, "why_absent", absent.get)
     return lambda *found: monkeypatch.setitem(PEERS, "rms_norm", list(found))
@@ -273,6 +273,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: FakeCard)
     monkeypatch.setattr(timing, "measure_ceiling", lambda: CEILING)
+    monkeypatch.setattr(warm, "compile_ahead", lambda cases, counts, advance: [advance() for _ in cases])
     monkeypatch.setitem(PEERS, "rms_norm", [peer("a")])
     monkeypatch.setattr(bench, "measure", lambda case, rows, *_: run(case, Clock(2e-6, 3e-6), rows))
     return lambda *found: monkeypatch.setattr(cases, "all_cases", lambda: list(found))
@@ -300,3 +301,33 @@ def test_names_that_do_not_exist(card, capsys, words, says):
     card(norm_case())
     status, error = cli(capsys, *words)
     assert status == 2 and says in error
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys):
+    """Times that a card can have, of an op whose every peer is optional."""
+    assert main(["bench", "ops", "--op", "select_experts", "--shape", "26B", "--rows", "1", "--rows", "1024"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 2e11 < found["bandwidth"] < 2e13 and 0.3 < found["empty_us"] < 10
+    for row in found["rows"]:
+        assert row["floor_us"] < row["us"] < 200
+
+
+@pytest.mark.gpu
+def test_a_graph_times_what_it_holds():
+    """Twice the bytes take twice the time, whatever is replayed between."""
+    x = torch.randn(1 << 28, device="cuda", dtype=torch.bfloat16)
+    whole, half = torch.empty_like(x), torch.empty_like(x[: 1 << 27])
+    turns = timing.Turns(1, 4)
+    times = timing.time_calls([[lambda: whole.copy_(x)], [lambda: half.copy_(x[: 1 << 27])]], turns)
+    assert 1.8 < times[0] / times[1] < 2.2
+    assert times[0] == pytest.approx((1 << 30) / timing.measure_ceiling().bandwidth, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_compiling_ahead_runs_every_contender(peers):
+    ran = []
+    peers(peer("a", lambda *args: ran.append(args[0].shape)))
+    case = next(case for case in cases.all_cases() if case.op == "rms_norm" and case.dtype is torch.bfloat16)
+    warm._compile(case.op, case.shape, [1, 8])
+    assert [shape[0] for shape in ran] == [1, 8]

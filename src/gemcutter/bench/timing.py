@@ -33,7 +33,7 @@ class Turns(NamedTuple):
 
 
 def plan_turns(moved: int, held: int, cache: int, ceiling: Ceiling) -> Turns:
-    """As many copies as it takes to find nothing in the cache, 32 at most: below about 3 MB a call finds its
+    """As many copies as it takes to find nothing in the cache, 32 at most: below about 3 MB (2 L2 over 32) a call finds its
     arguments there, as a layer finds what the one before it wrote.
 
     Args:

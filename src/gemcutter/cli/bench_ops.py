@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from gemcutter.bench import report
     from gemcutter.bench.ops import measure
     from gemcutter.bench.timing import measure_ceiling
+    from gemcutter.bench.warm import compile_ahead
     from gemcutter.verify.cases import all_cases
 
     cases = [case for case in all_cases() if case.dtype is torch.bfloat16]
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     counts = sorted(set(args.rows or ROWS))
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("compile", total=len(cases))
+        compile_ahead(cases, counts, lambda: progress.advance(task))
         task = progress.add_task("bench", total=len(cases) * len(counts))
         for case in cases:
             progress.update(task, description=case.op)
