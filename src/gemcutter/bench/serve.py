@@ -78,7 +78,7 @@ def measure(
     Args:
         target: where to.
         asks: what to send, at least one.
-        gaps: seconds from each request to the next.
+        gaps: seconds before each request, counted from when the one before it was due.
         max_concurrency: requests under way at once; the others wait, and their clocks do not run. None: any number.
         done: called after each request.
     """
@@ -109,9 +109,9 @@ async def _send(
 
     begin, tasks, due = time.perf_counter(), [], 0.0
     for request, gap in zip(requests, gaps, strict=True):
-        tasks.append(asyncio.create_task(one(request)))
         due += gap
         if (wait := begin + due - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
+        tasks.append(asyncio.create_task(one(request)))
     records = await asyncio.gather(*tasks)
     return records, time.perf_counter() - begin

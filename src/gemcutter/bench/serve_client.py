@@ -127,6 +127,8 @@ def unwrap(result: Exchange) -> tuple[int, list[tuple[float, bytes]]]:
     """
     if result.error is not None:
         raise ValueError(result.error)
+    if not result.pieces:
+        raise ValueError("the server closed the connection without an answer")
     wire = h11.Connection(h11.CLIENT)
     wire.send(h11.Request(method="GET", target="/", headers=[("Host", "any")]))
     wire.send(h11.EndOfMessage())
@@ -141,11 +143,9 @@ def unwrap(result: Exchange) -> tuple[int, list[tuple[float, bytes]]]:
                     body.append((stamp, bytes(event.data)))
                 elif isinstance(event, h11.EndOfMessage):
                     return status, body
-                elif isinstance(event, h11.ConnectionClosed):
-                    break
     except h11.RemoteProtocolError as error:
         raise ValueError(f"the response is broken or cut short: {error}") from error
-    raise ValueError("the server closed the connection before it answered")
+    raise AssertionError("h11 ends a closed connection with an event or an error")
 
 
 def read_completion(result: Exchange, asked: int) -> Answer:

@@ -46,8 +46,8 @@ def shared_prefix(
 
 
 def gaps(rng: np.random.Generator, count: int, rate: float) -> list[float]:
-    """Seconds to wait after each request: a Poisson process of `rate` a second; none where rate is infinite."""
-    return [0.0] * count if rate == float("inf") else rng.exponential(1 / rate, count).tolist()
+    """Seconds before each request, the first at once: a Poisson process of `rate` a second, without waits if inf."""
+    return [0.0] * count if rate == float("inf") else [0.0, *rng.exponential(1 / rate, count - 1).tolist()]
 
 
 def _lengths(rng: np.random.Generator, full: int, range_ratio: float, count: int) -> list[int]:
