@@ -17,6 +17,7 @@ from gemcutter.cli import main
 from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.verify import cases
 from gemcutter.verify.case import Case
+from gemcutter.verify.check import Result
 from gemcutter.verify.inputs import Kind
 
 CEILING = Ceiling(bandwidth=4e12, empty=2e-6)
@@ -131,6 +132,16 @@ def test_a_wrong_kernel_is_refused_and_not_timed(peers):
     row = run(norm_case(truncated), never, rows=64)
     assert "elements differ from the reference" in row.refused and never.contenders is None
     assert row.ratio is None and math.isnan(row.seconds)
+
+
+def test_what_does_not_fit_is_neither_timed_nor_refused(peers, monkeypatch):
+    peers(peer("any"))
+    monkeypatch.setattr(bench, "check", lambda case, rows, device: Result(case, left_out=list(rows)))
+    row = run(norm_case(), Clock())
+    assert row.skipped and not row.refused and not row.timed and row.ratio is None
+    assert any("skipped" in line for line in report.notes([row]))
+    assert "skipped" in report.as_json([row], CEILING, "card")["rows"][0]
+    assert report.summary([row])["refused"] == report.summary([row])["timed"] == 0
 
 
 def test_a_kernel_that_raises_is_refused(peers):

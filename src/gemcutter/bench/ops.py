@@ -35,10 +35,15 @@ class Row:
     op: str
     shape: str
     rows: int
-    refused: str = ""  # why nothing is timed
+    refused: str = ""  # what verification found
+    skipped: str = ""  # why nothing was verified
     seconds: float = math.nan
     floor: float = math.nan
     peers: list[PeerTime] = field(default_factory=list)
+
+    @property
+    def timed(self) -> bool:
+        return not self.refused and not self.skipped
 
     @property
     def of_floor(self) -> float:
@@ -51,7 +56,7 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """How many times as fast as the best peer."""
-        return None if self.refused or self.best is None else self.best.seconds / self.seconds
+        return None if not self.timed or self.best is None else self.best.seconds / self.seconds
 
 
 def measure(
@@ -64,8 +69,13 @@ def measure(
 ) -> Row:
     """Args: cache: bytes of the device's L2; clock: seconds of one call of each contender."""
     row = Row(case.op, case.shape, rows)
-    row.refused = _refusal(case, rows, device)
-    if row.refused:
+    result = check(case, [rows], device)
+    if result.left_out:
+        row.skipped = "its inputs do not fit this device's memory often enough to verify it"
+    elif not result.passed:
+        kinds = ", ".join(failure["kind"] for failure in result.failures)
+        row.refused = f"{result.different} of {result.compared} elements differ from the reference: {kinds}"
+    if not row.timed:
         return row
     args, moved = case.make(rows, Kind.NORMAL, device), case.bytes_moved(rows)
     turns = plan_turns(moved, held_bytes(args), cache, ceiling)
@@ -91,16 +101,6 @@ def measure(
     for found, time in zip([p for p in row.peers if not p.failure], seconds, strict=True):
         found.seconds = time
     return row
-
-
-def _refusal(case: Case, rows: int, device: torch.device) -> str:
-    result = check(case, [rows], device)
-    if result.left_out:
-        return "not verified: its inputs do not fit this device's memory"
-    if not result.passed:
-        kinds = ", ".join(failure["kind"] for failure in result.failures)
-        return f"{result.different} of {result.compared} elements differ from the reference: {kinds}"
-    return ""
 
 
 def compare(got: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor]) -> tuple[float | None, str]:

@@ -22,8 +22,8 @@ def ceiling_line(ceiling: Ceiling, device: str) -> str:
 def rows_table(rows: Sequence[Row]) -> Table:
     table = _table(("op", "shape"), ("rows", "µs", "floor", "of floor", "peer", "its µs", "its diff", "x"))
     for row in rows:
-        if row.refused:
-            table.add_row(row.op, row.shape, f"{row.rows}", "REFUSED", *["-"] * 6)
+        if not row.timed:
+            table.add_row(row.op, row.shape, f"{row.rows}", "REFUSED" if row.refused else "skipped", *["-"] * 6)
             continue
         peer = ["-"] * 4
         if row.best:
@@ -52,11 +52,11 @@ def ops_table(rows: Sequence[Row]) -> Table:
 
 
 def summary(rows: Sequence[Row]) -> dict:
-    timed = [row for row in rows if not row.refused]
+    timed = [row for row in rows if row.timed]
     ratios = [row.ratio for row in timed if row.ratio is not None]
     return dict(
         timed=len(timed),
-        refused=len(rows) - len(timed),
+        refused=sum(bool(row.refused) for row in rows),
         with_peers=len(ratios),
         geometric_mean=geometric_mean(ratios),
         least_ratio=min(ratios, default=None),
@@ -85,7 +85,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
                     f"{row.op}, peer {peer.number}: {peer.failure}", f"{row.shape}, {row.rows} rows"
                 )
     lines += [f"{says} (first at {where})" for says, where in failures.items()]
-    lines += [f"REFUSED {row.op} {row.shape}, {row.rows} rows: {row.refused}" for row in rows if row.refused]
+    for row in rows:
+        if not row.timed:
+            says = f"REFUSED, {row.refused}" if row.refused else f"skipped, {row.skipped}"
+            lines.append(f"{row.op} {row.shape}, {row.rows} rows: {says}")
     return lines
 
 
@@ -102,8 +105,8 @@ def as_json(rows: Sequence[Row], ceiling: Ceiling, device: str) -> dict:
 
 def _row_json(row: Row) -> dict:
     found = dict(op=row.op, shape=row.shape, rows=row.rows)
-    if row.refused:
-        return found | dict(refused=row.refused)
+    if not row.timed:
+        return found | (dict(refused=row.refused) if row.refused else dict(skipped=row.skipped))
     times = {p.says: round(p.seconds * 1e6, 3) for p in row.peers if not p.failure}
     best = row.best and dict(peer=row.best.says, difference=row.best.difference, ratio=round(row.ratio, 4))
     found |= dict(

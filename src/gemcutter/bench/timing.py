@@ -33,8 +33,8 @@ class Turns(NamedTuple):
 
 
 def plan_turns(moved: int, held: int, cache: int, ceiling: Ceiling) -> Turns:
-    """As many copies as it takes to find nothing in the cache, 32 at most: below about 3 MB (2 L2 over 32) a call finds its
-    arguments there, as a layer finds what the one before it wrote.
+    """As many copies as it takes to find nothing in the cache, 32 at most: calls that move less than 2 L2 / 32,
+    about 3 MB, find their arguments there, as a layer finds what the one before it wrote.
 
     Args:
         moved: bytes that a call reads and writes.

@@ -31,8 +31,10 @@ class _Entry:
         self.table = self._table(cos, sin)
         if self.stores:
             self.k, self.v = parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
-            # Tokens outside heads, as both engines have it.
-            self.k_cache, self.v_cache = (x.transpose(1, 2).contiguous() for x in (k_cache, v_cache))
+            # Tokens outside heads, as both engines have it. Cloned: with one head `contiguous` would be a view.
+            self.k_cache, self.v_cache = (
+                x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in (k_cache, v_cache)
+            )
 
     def _table(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[context, head_dim]: cos of all pairs, then sin; pairs that do not turn by an angle of 0."""
