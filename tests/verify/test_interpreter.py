@@ -5,7 +5,8 @@ import pytest
 import torch
 from interpreter import interpret
 
-from gemcutter.verify.interpreter import bfloat16_bits, install
+from gemcutter.verify.floats import bfloat16_bits
+from gemcutter.verify.interpreter import install
 
 
 def hard_values() -> torch.Tensor:

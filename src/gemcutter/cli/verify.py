@@ -1,14 +1,13 @@
 """Compare every kernel's results with its reference's, bit for bit.
 
 On a GPU the kernels run there, at every released shape, on up to 8192 rows. Without one the same kernels run in
-Triton's interpreter, on few rows. NaN equals NaN, -0.0 is not 0.0. The last line is JSON; status 1 says that an
-element differs.
+Triton's interpreter, at the shapes of two models, on few rows. NaN equals NaN, -0.0 is not 0.0. The last line is
+JSON; status 1 says that an element differs.
 """
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -18,7 +17,9 @@ from rich.table import Table
 
 from gemcutter.cli.flags import Parser
 
-INTERPRETED_ROWS = (0, 1, 3)
+INTERPRETED_ROWS = (0, 2)
+# Left out there unless --shape asks for one: E2B and 26B-A4B have every form between them, in 2 minutes.
+NOT_INTERPRETED = ("E4B", "12B", "31B", "GLM-4.7")
 WIDTH = 116  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     cases = all_cases()
     ops, shapes = sorted({case.op for case in cases}), args.shape or ""
+    if not on_gpu and not shapes:
+        cases = [case for case in cases if not case.shape.startswith(NOT_INTERPRETED)]
     for op in args.op or ():
         if op not in ops:
             args.parser.error(f"no op {op!r}; there are {', '.join(ops)}")

@@ -3,9 +3,25 @@
 `experts` and `attend` are not here: their matrix products are held to float64 by their tests, not to bits.
 """
 
+from dataclasses import replace
+
+import torch
+
+from gemcutter.verify.activations import activation_cases, fp8_cases
+from gemcutter.verify.attention import attention_cases
 from gemcutter.verify.case import Case
+from gemcutter.verify.embeddings import embedding_cases
 from gemcutter.verify.norms import norm_cases
+from gemcutter.verify.routing import routing_cases
 
 
 def all_cases() -> list[Case]:
-    return norm_cases()
+    """In bfloat16, an op's shapes together; and in float32 and float16 an op's first."""
+    families = norm_cases, attention_cases, routing_cases, activation_cases, embedding_cases, fp8_cases
+    by_op: dict[str, list[Case]] = {}
+    for family in families:
+        for case in family():
+            by_op.setdefault(case.op, []).append(case)
+    for cases in by_op.values():
+        cases += [replace(cases[0], dtype=dtype) for dtype in (torch.float32, torch.float16)]
+    return [case for cases in by_op.values() for case in cases]

@@ -10,7 +10,7 @@ from gemcutter.verify.compare import Poisoned, count_differing
 from gemcutter.verify.inputs import Kind
 
 # Times the bytes that must move: arguments, their float32 draws, two sets of results, and what a reference holds.
-FOOTPRINT = 16
+FOOTPRINT = 10
 
 
 @dataclass

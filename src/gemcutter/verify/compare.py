@@ -17,7 +17,7 @@ class Poisoned(TorchFunctionMode):
 
 
 def count_differing(got: torch.Tensor, want: torch.Tensor) -> int:
-    """Elements whose bits differ. NaN equals NaN whatever its payload; -0.0 is not 0.0; another shape is all wrong."""
+    """Elements whose bits differ: all of another shape or dtype. Any NaN equals any other; -0.0 is not 0.0."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return max(want.numel(), 1)
     bits = _INTEGERS[want.element_size()]

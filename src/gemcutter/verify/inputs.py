@@ -34,53 +34,55 @@ class Draw:
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(rows * len(Kind) + list(Kind).index(kind))
 
-    def rows(self, *dims: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[T, *dims], dense."""
-        dtype = dtype or self.dtype
-        x = self._normal(self.count, *dims)
-        limits = torch.finfo(dtype)
+    def rows(self, *dims: int) -> torch.Tensor:
+        """[T, *dims] of the kind, dense."""
+        return self.values(self.count, *dims)
+
+    def values(self, *dims: int) -> torch.Tensor:
+        """[*dims] of the kind, dense; special elements stand once or less in each first index."""
+        x = self._normal(*dims)
+        limits = torch.finfo(self.dtype)
         match self.kind:
             case Kind.SMALL:
                 x *= 1e-4
             case Kind.LARGE:
                 x *= 1e4
             case Kind.HEAVY:  # Cauchy's
-                x /= self._normal(self.count, *dims)
+                x /= self._normal(*dims)
             case Kind.CONSTANT:
                 x.fill_(0.75)
             case Kind.ZEROS:
                 x *= 0.0
             case Kind.HUGE:
-                huge = torch.tensor([limits.max, -(limits.max**0.5)], device=self.device)
-                self._put(x, huge)
+                self._put(x, limits.max, -(limits.max**0.5))
             case Kind.TIES:
-                x = x.round_()
+                x.round_()
             case Kind.DENORMAL:
                 x *= limits.tiny / 4
             case Kind.INF:
-                self._put(x, torch.tensor([torch.inf, 1.0, -torch.inf], device=self.device))
+                self._put(x, torch.inf, -torch.inf, 1.0)
             case Kind.NAN:
-                self._put(x, torch.tensor([torch.nan, 1.0], device=self.device))
-        return x.to(dtype)
+                self._put(x, torch.nan, 1.0)
+        return x.to(self.dtype)
 
-    def weight(self, *dims: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[*dims] around 1, some of them zero or negative."""
-        return (1.0 + 0.5 * self._normal(*dims)).to(dtype or self.dtype)
-
-    def integers(self, high: int, *dims: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """[*dims] in [0, high)."""
-        return torch.randint(high, dims, generator=self.generator, device=self.device, dtype=dtype)
+    def token_ids(self, vocabulary: int) -> torch.Tensor:
+        """[T] int64."""
+        return torch.randint(vocabulary, (self.count,), generator=self.generator, device=self.device)
 
     def permutation(self, size: int) -> torch.Tensor:
         """[size] int64."""
         return torch.randperm(size, generator=self.generator, device=self.device)
 
+    def weight(self, *dims: int) -> torch.Tensor:
+        """[*dims] around 1, some of them negative."""
+        return (1.0 + 0.5 * self._normal(*dims)).to(self.dtype)
+
     def _normal(self, *dims: int) -> torch.Tensor:
         return torch.randn(dims, generator=self.generator, device=self.device)
 
-    def _put(self, x: torch.Tensor, values: torch.Tensor) -> None:
+    def _put(self, x: torch.Tensor, *values: float) -> None:
         """One of the values, in turn, at a random place of every row."""
-        if self.count:
-            flat = x.view(self.count, -1)
-            row = torch.arange(self.count, device=self.device)
-            flat[row, self.integers(flat.shape[1], self.count)] = values[row % len(values)]
+        if len(x):
+            flat, row = x.view(len(x), -1), torch.arange(len(x), device=self.device)
+            at = torch.randint(flat.shape[1], (len(x),), generator=self.generator, device=self.device)
+            flat[row, at] = torch.tensor(values, device=self.device)[row % len(values)]

@@ -9,8 +9,8 @@ from gemcutter.verify.shapes import EPS, MODELS, PER_LAYER, Model
 
 def norm_cases() -> list[Case]:
     cases = [_norm(f"{model.name} hidden {model.hidden}", model.hidden) for model in MODELS]
-    cases += [_norm(f"head {head_dim}", 16, head_dim) for head_dim in (512, 256, 128)]
-    cases.append(_norm(f"head {256} no weight", 16, 256, weighted=False))
+    cases += [_norm(f"head {head_dim}", 8, head_dim) for head_dim in (512, 256, 128)]
+    cases.append(_norm("head 256 no weight", 8, 256, weighted=False))
     cases.append(_norm(f"E4B per-layer {PER_LAYER}", 42, PER_LAYER))
     for model in MODELS:
         cases.append(_attention_seam(model))

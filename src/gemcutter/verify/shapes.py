@@ -55,9 +55,6 @@ def _readers_of_shared(heads: int) -> tuple[Attention, ...]:
 
 MODELS = (
     Model(
-        "26B-A4B", 2816, 30, (2112,), _gemma_attention(16, 8, 2, QkvMode.Q_KEQV), experts=Experts(128, 8, 704)
-    ),
-    Model(
         "E2B", 1536, 35, (6144, 12_288),
         _gemma_attention(8, 1, 1, QkvMode.QKV) + _readers_of_shared(8), per_layer=True,
     ),
@@ -66,6 +63,9 @@ MODELS = (
         _gemma_attention(8, 2, 2, QkvMode.QKV) + _readers_of_shared(8), per_layer=True,
     ),
     Model("12B", 3840, 48, (15_360,), _gemma_attention(16, 8, 1, QkvMode.Q_KEQV)),
+    Model(
+        "26B-A4B", 2816, 30, (2112,), _gemma_attention(16, 8, 2, QkvMode.Q_KEQV), experts=Experts(128, 8, 704)
+    ),
     Model("31B", 5376, 60, (21_504,), _gemma_attention(32, 16, 4, QkvMode.Q_KEQV)),
     Model(
         "GLM-4.7", 5120, 92, (12_288,), (Attention("full", 96, 8, 128, 64, QkvMode.QKV),),
