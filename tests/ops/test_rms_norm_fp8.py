@@ -1,4 +1,4 @@
-"""RMSNorm to FP8: the bits of residual add, norm and quantisation in turn, each held to HF and brute force elsewhere."""
+"""RMSNorm to FP8: the bits of residual add, norm and quantisation in turn, each of them held to others."""
 
 import pytest
 import torch

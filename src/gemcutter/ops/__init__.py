@@ -7,23 +7,28 @@ from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
 from gemcutter.ops.geglu import geglu, gelu_mul
+from gemcutter.ops.geglu_fp8 import geglu_fp8
 from gemcutter.ops.k_eq_v_norm import k_eq_v_norm
 from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.logits import logits, softcap_
 from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.qkv_norm import qkv_norm_
 from gemcutter.ops.qkv_rope_store import QkvMode, qkv_rope_store
+from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
 from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8
 from gemcutter.ops.select_experts import select_experts
 from gemcutter.ops.sort_by_expert import sort_by_expert
 
 __all__ = [
     "QkvMode",
+    "Quantized",
     "Routed",
     "attention_seam",
     "embed",
     "experts",
     "geglu",
+    "geglu_fp8",
     "gelu_mul",
     "k_eq_v_norm",
     "layer_seam",
@@ -31,7 +36,9 @@ __all__ = [
     "per_layer_inputs",
     "qkv_norm_",
     "qkv_rope_store",
+    "quantize_fp8",
     "rms_norm",
+    "rms_norm_fp8",
     "select_experts",
     "softcap_",
     "sort_by_expert",
