@@ -119,7 +119,7 @@ def real(name: str, folder) -> tuple:
 @torch.inference_mode()
 def test_gpu_logits_are_those_of_the_references(name, tmp_path):
     spec, weights = real(name, tmp_path)
-    case = Case(spec, weights, [3, 50, 17, 1, 1100])
+    case = Case(spec, weights, [1, 3, 50, 17, 1100])
     got = case.run()
     assert all(logits.isfinite().all() for logits in got[0])
     with swapped("CUDA", **{op: reference(op) for op in REFERENCES}) as calls:
