@@ -224,8 +224,10 @@ def test_nobody_listens():
 
 
 class Clockwork:
-    """Streams a chunk of two tokens after `first` seconds and then after every `gap`. Prompts of one token that ends
-    in 9 get 500."""
+    """Streams a chunk of two tokens after `first` seconds and then after every `gap`.
+
+    Prompts of one token that ends in 9 get 500.
+    """
 
     def __init__(self, first: float, gap: float) -> None:
         self.first, self.gap = first, gap

@@ -20,6 +20,7 @@ PRODUCTS = ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas", "aten:
 # By op, and for kernels by the file of ops/ that they stand in; others are Part.OTHER.
 PARTS = {
     "linear": Part.LINEARS,
+    "linear_hopper": Part.LINEARS,
     "experts": Part.EXPERTS,
     "attend": Part.ATTENTION,
     "attend_decode": Part.ATTENTION,
@@ -60,7 +61,7 @@ def parts_of(names: Sequence[str]) -> list[Part]:
     parts = [PARTS.get(op, Part.OTHER) for op in ops]
     follower = None  # the op of ours, products aside, that runs next
     for place in reversed(range(len(ops))):
-        if ops[place] == "linear":
+        if parts[place] is Part.LINEARS:
             if follower is None or follower in AFTER_HEAD:
                 parts[place] = Part.HEAD
         elif ops[place] is not None:

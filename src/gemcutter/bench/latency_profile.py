@@ -48,10 +48,12 @@ def watch(device: torch.device) -> Iterator[Steps]:
         if gpu:
             torch.cuda.synchronize(device)
     for event in profiler.events():
-        if gpu and (event.device_type is not DeviceType.CUDA or event.is_user_annotation):
+        if gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
             continue
         if not gpu and event.cpu_parent is not None:
             continue
         span = event.time_range
         steps.ran.append(Ran(event.name, 1e-6 * span.start, 1e-6 * (span.end - span.start)))
+    if not steps.ran:
+        raise RuntimeError("the profiler saw nothing run; does this machine let a user count kernels (CUPTI)?")
     steps.ran.sort(key=lambda one: one.start)

@@ -1,9 +1,9 @@
 """An HTTP client that only watches the clock while it measures, and reads what came afterwards.
 
-Parsing a streamed chunk costs 20 to 60 µs in Python. A hundred streams that get a token in the same step would wait
-for one another, and the last time stamp would be milliseconds late, all of it the client's. So while requests run,
-every piece that a socket delivers is stamped and put aside; h11 and the JSON decoder see it when the last request
-is done. Each request has a connection of its own, as in SGLang's client, and the server closes it at the end.
+A client that parses as it goes is late: httpx took 93 µs of CPU for each streamed chunk, so of a hundred streams
+that get a token in the same step the last is stamped 9 ms after it came. Here every piece that a socket delivers is
+stamped and put aside, 8 µs on the same machine with the sending included; h11 and the JSON decoder see it when the
+last request is done. Each request has a connection of its own, as in SGLang's client, and the server closes it.
 """
 
 import asyncio

@@ -46,7 +46,7 @@ def shared_prefix(
 
 
 def gaps(rng: np.random.Generator, count: int, rate: float) -> list[float]:
-    """Seconds before each request, the first at once: a Poisson process of `rate` a second, without waits if inf."""
+    """Seconds before each request, the first at once: a Poisson process of `rate` a second, or no waits if inf."""
     return [0.0] * count if rate == float("inf") else [0.0, *rng.exponential(1 / rate, count - 1).tolist()]
 
 
