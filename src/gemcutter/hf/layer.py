@@ -10,8 +10,7 @@ from gemcutter.hf.guards import stands_for, takes_ops
 from gemcutter.hf.mlp import is_gelu_tanh
 from gemcutter.hf.norm import fusable
 from gemcutter.hf.router import Router
-from gemcutter.ops import Routed, attention_seam, layer_seam
-from gemcutter.ops.geglu import gelu_mul
+from gemcutter.ops import Routed, attention_seam, gelu_mul, layer_seam
 
 
 class Layer:

@@ -5,7 +5,7 @@ from torch import nn
 from transformers.activations import GELUTanh
 
 from gemcutter.hf.guards import stands_for, takes_ops
-from gemcutter.ops.geglu import gelu_mul
+from gemcutter.ops import gelu_mul
 
 
 class MLP:

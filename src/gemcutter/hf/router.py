@@ -3,7 +3,7 @@
 import torch
 
 from gemcutter.hf.guards import takes_ops
-from gemcutter.ops.select_experts import select_experts
+from gemcutter.ops import select_experts
 
 
 class Router:
