@@ -85,9 +85,11 @@ def _rank_as_gathered(key, ids, lane, E: tl.constexpr, TOP_K: tl.constexpr):
     """Reorder keys and ids by id, those equal to the last key behind the others."""
     last = tl.min(tl.where(lane < TOP_K, key, 0x7FFFFFFF), axis=0)
     place = tl.where(lane >= TOP_K, 2 * E + lane, tl.where(key > last, ids, E + ids))
-    # Pairwise along axis 0, which stays within a lane.
-    rank = tl.sum((place[:, None] < place[None, :]).to(tl.int32), axis=0)
-    source = tl.sum(tl.where(rank[:, None] == lane[None, :], lane[:, None], 0), axis=0)
+    rank, source = tl.zeros([LANES], tl.int32), lane
+    for other in tl.static_range(TOP_K):
+        rank += (tl.max(tl.where(lane == other, place, -1), axis=0) < place).to(tl.int32)
+    for other in tl.static_range(TOP_K):
+        source = tl.where(lane == tl.max(tl.where(lane == other, rank, -1), axis=0), other, source)
     return tl.gather(key, source, 0), tl.gather(ids, source, 0)
 
 
