@@ -8,6 +8,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.model import cost
+from gemcutter.model.cost import Part
 from gemcutter.spec import Kind
 
 KIB = 1024
@@ -110,3 +111,48 @@ def test_experts_touched(specs):
     rows = 2 * spec.hidden
     assert two - one == pytest.approx(expert * 7.5 + rows)
     assert many - one == pytest.approx(expert * 120 + 99_999 * rows)
+
+
+@pytest.mark.parametrize("name", released.NAMES)
+def test_parts_are_those_of_hf_s_modules(specs, name):
+    """By rank: matrices but the embeddings, stacked experts, vectors and scalars."""
+    spec, fields = specs[name], released.text_config(name)
+    del fields["model_type"]
+    with torch.device("meta"):
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**fields))
+    sizes = {1: 0, 2: 0, 3: 0}
+    for key, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if "embed_tokens" not in key and (isinstance(parameter, torch.nn.Parameter) or "layer_scalar" in key):
+            sizes[parameter.dim()] += parameter.numel()
+    idle, crowd = cost.step_work(spec, 0, 1, 10, 1, 1), cost.step_work(spec, 10_000, 1, 10, 1, 1)
+    assert idle[Part.LINEARS].bytes == crowd[Part.LINEARS].bytes == sizes[2]
+    assert idle[Part.NORMS].bytes == sizes[1] and idle[Part.EXPERTS].bytes == 0
+    assert crowd[Part.EXPERTS].bytes == pytest.approx(sizes[3])
+    assert crowd[Part.LINEARS].flops == 2 * 10_000 * sizes[2]
+    assert crowd[Part.HEAD] == (2 * spec.vocab * spec.hidden, 2 * 10_000 * spec.vocab * spec.hidden)
+
+
+@pytest.mark.parametrize(
+    "batch, new, context", [(1, 1, 1), (2, 1, 5000), (3, 700, 700), (1, 2000, 2000), (2, 9, 1500)]
+)
+def test_attention_by_counting(specs, batch, new, context):
+    """Pairs and keys in sight, one query after another. The 31B shares no K/V."""
+    spec = specs["31b"]
+    flops = keys = 0
+    for layer in spec.layers:
+        seen = set()
+        for query in range(context - new, context):
+            first = max(0, query + 1 - (layer.window or context))
+            flops += 4 * layer.q_width * (query + 1 - first)
+            seen |= {first, query}
+        keys += 2 * layer.kv_width * (max(seen) + 1 - min(seen))
+    got = cost.step_work(spec, batch, new, context, 1, 1)[Part.ATTENTION]
+    assert got == (batch * keys, batch * flops)
+
+
+def test_activations_of_the_26b(specs):
+    """A token passes 25 sliding layers: qkv 8192, q 4096, K and V 4096, seams 11 rows of 2816; and 5 full ones."""
+    idle, one = (cost.step_work(specs["26b"], 1, new, 10, 2, 2)[Part.NORMS] for new in (1, 2))
+    assert one.bytes - idle.bytes == 2 * (
+        25 * (8192 + 4096 + 4096 + 11 * 2816) + 5 * (9216 + 8192 + 2048 + 11 * 2816)
+    )
