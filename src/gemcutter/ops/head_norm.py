@@ -59,9 +59,12 @@ def load_halves(ptr, mask, D: tl.constexpr):
 
 
 @triton.jit
-def load_weight(ptr, D: tl.constexpr):
-    """The same of a weight [D], for all rows: [1, D/2] float32."""
-    dims = tl.arange(0, D // 2)[None, :]
+def load_weight(ptr, ROWS: tl.constexpr, D: tl.constexpr):
+    """The same of a weight [D], in every row.
+
+    A [1, D/2] tile would be laid out over all warps, and the products moved there and back through shared memory.
+    """
+    dims = tl.broadcast_to(tl.arange(0, D // 2)[None, :], [ROWS, D // 2])
     return tl.load(ptr + dims).to(tl.float32), tl.load(ptr + D // 2 + dims).to(tl.float32)
 
 

@@ -58,7 +58,7 @@ def _k_eq_v_norm_kernel(
 ):  # fmt: skip
     token, head, real = heads_of(tl.program_id(0), num_tokens, HEADS, ROWS)
     low, high = load_halves(k_ptr + token * token_stride + head.to(tl.int64) * head_stride, real, D)
-    w_low, w_high = load_weight(weight_ptr, D)
+    w_low, w_high = load_weight(weight_ptr, ROWS, D)
     low, high = norm_halves(low, high, eps, D)
     out = (token * HEADS + head) * D
     store_halves(v_ptr + out, low, high, real, D)

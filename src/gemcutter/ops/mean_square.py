@@ -60,8 +60,8 @@ def _shift(peak):
 
 @triton.jit
 def _squares(x, peak):
-    scaled = x * _power_of_two(-_shift(peak))
-    return (scaled * scaled * ONE).to(tl.int64)
+    scaled = x * _power_of_two(-_shift(peak) + HALF_BITS)  # so that squares come out times ONE
+    return (scaled * scaled).to(tl.int64)
 
 
 @triton.jit

@@ -95,22 +95,22 @@ def _qkv_norm_kernel(
     q_blocks = tl.cdiv(num_tokens * HEADS, ROWS)
     if block < q_blocks:
         token, head, real = heads_of(block, num_tokens, HEADS, ROWS)
-        _norm_tile(q_ptr + token * q_token + head.to(tl.int64) * q_head, real, q_weight_ptr, eps, D)
+        _norm_tile(q_ptr + token * q_token + head.to(tl.int64) * q_head, real, q_weight_ptr, eps, ROWS, D)
     elif KV_HEADS > 0:
         kv_blocks = tl.cdiv(num_tokens * KV_HEADS, ROWS)
         if block < q_blocks + kv_blocks:
             token, head, real = heads_of(block - q_blocks, num_tokens, KV_HEADS, ROWS)
-            _norm_tile(k_ptr + token * k_token + head.to(tl.int64) * k_head, real, k_weight_ptr, eps, D)
+            _norm_tile(k_ptr + token * k_token + head.to(tl.int64) * k_head, real, k_weight_ptr, eps, ROWS, D)
         else:
             token, head, real = heads_of(block - q_blocks - kv_blocks, num_tokens, KV_HEADS, ROWS)
-            _norm_tile(v_ptr + token * v_token + head.to(tl.int64) * v_head, real, None, eps, D)
+            _norm_tile(v_ptr + token * v_token + head.to(tl.int64) * v_head, real, None, eps, ROWS, D)
 
 
 @triton.jit
-def _norm_tile(ptr, real, weight_ptr, eps, D: tl.constexpr):
+def _norm_tile(ptr, real, weight_ptr, eps, ROWS: tl.constexpr, D: tl.constexpr):
     low, high = load_halves(ptr, real, D)
     if weight_ptr is not None:
-        w_low, w_high = load_weight(weight_ptr, D)
+        w_low, w_high = load_weight(weight_ptr, ROWS, D)
     low, high = norm_halves(low, high, eps, D)
     if weight_ptr is not None:
         low, high = low * w_low, high * w_high

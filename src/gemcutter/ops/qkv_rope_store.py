@@ -200,7 +200,7 @@ def _qkv_rope_store_kernel(
         token, head, real = heads_of(block, num_tokens, HEADS, ROWS)
         position = tl.load(positions_ptr + token, mask=real, other=0)
         low, high = load_halves(qkv_ptr + token * row_stride + head * D, real, D)
-        w_low, w_high = load_weight(q_norm_ptr, D)
+        w_low, w_high = load_weight(q_norm_ptr, ROWS, D)
         cos, sin = _load_turns(cos_ptr, sin_ptr, position, ANGLES, D)
         low, high = norm_halves(low, high, eps, D)
         low, high = _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype)
@@ -216,7 +216,7 @@ def _qkv_rope_store_kernel(
         low, high = load_halves(qkv_ptr + token * row_stride + column, real, D)
         if is_key:
             position = tl.load(positions_ptr + token, mask=real, other=0)
-            w_low, w_high = load_weight(k_norm_ptr, D)
+            w_low, w_high = load_weight(k_norm_ptr, ROWS, D)
             cos, sin = _load_turns(cos_ptr, sin_ptr, position, ANGLES, D)
             low, high = norm_halves(low, high, eps, D)
             if K_EQ_V:
