@@ -174,6 +174,22 @@ def test_a_peer_that_does_another_job_is_not_timed(peers, function, says):
     assert any(says in line and "peer 1" in line for line in report.notes([row]))
 
 
+def test_peers_that_cannot_be_captured_do_not_end_the_run(peers):
+    peers(peer("a"), peer("b"))
+
+    def clock(contenders, turns):
+        if len(contenders) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [3e-6]
+
+    row = run(norm_case(), clock)
+    assert row.seconds == 3e-6 and row.best is None and row.ratio is None
+    assert all("stream is capturing" in p.failure for p in row.peers)
+    peers()
+    with pytest.raises(RuntimeError, match="capturing"):  # ours alone: the run cannot go on
+        run(norm_case(), lambda contenders, turns: clock([*contenders, None], turns))
+
+
 def test_a_peer_without_counterpart_is_left_out(peers):
     peers(Peer("no", ("torch",), lambda *args: None))
     assert run(norm_case(), Clock(1e-6)).peers == []

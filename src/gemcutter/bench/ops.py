@@ -95,12 +95,24 @@ def measure(
             if not found.failure:
                 contenders.append([peer.prepare(*one) for one in sets])
         except Exception as error:  # whatever a peer raises is its own; the others and ours are timed
-            found.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            found.failure = _says(error)
         row.peers.append(found)
-    row.seconds, *seconds = clock(contenders, turns)
-    for found, time in zip([p for p in row.peers if not p.failure], seconds, strict=True):
+    timed = [p for p in row.peers if not p.failure]
+    try:
+        row.seconds, *seconds = clock(contenders, turns)
+    except Exception as error:  # a peer that a graph cannot hold: one of them, and which is not told
+        if not timed:
+            raise
+        for found in timed:
+            found.failure = f"while timed together, {_says(error)}"
+        (row.seconds,), seconds, timed = clock(contenders[:1], turns), [], []
+    for found, time in zip(timed, seconds, strict=True):
         found.seconds = time
     return row
+
+
+def _says(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def compare(got: Sequence[torch.Tensor | None], want: Sequence[torch.Tensor]) -> tuple[float | None, str]:
