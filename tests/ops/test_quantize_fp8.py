@@ -19,7 +19,7 @@ from gemcutter.ops.quantize_fp8 import (
     quantize_fp8,
     quantize_fp8_launch,
     quantize_fp8_reference,
-    quantized_row_tile,
+    split_row_tile,
 )
 
 E4M3 = torch.float8_e4m3fn
@@ -204,8 +204,8 @@ def test_interpreted(report, name):
 @pytest.mark.parametrize("target", [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)], ids=str)
 @pytest.mark.parametrize("width, dtype", [(5376, "bf16"), (21504, "fp16")], ids=str)
 def test_compiles(width, dtype, target):
-    tile = quantized_row_tile(width)
-    constants = dict(H=width, BLOCK=tile.pop("BLOCK"))
+    tile = split_row_tile(width)
+    constants = dict(H=width, HEAD=tile.pop("HEAD"), TAIL=tile.pop("TAIL"))
     pointers = dict(x_ptr="*" + dtype, q_ptr="*u8", scale_ptr="*fp32")
     signature = {name: "constexpr" for name in constants} | pointers | {"row_stride": "i32"}
     names = _quantize_fp8_kernel.arg_names

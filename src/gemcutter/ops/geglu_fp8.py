@@ -16,8 +16,10 @@ from gemcutter.ops.quantize_fp8 import (
     check_quantized_width,
     empty_quantized,
     quantize_fp8_reference,
-    quantize_rows,
-    quantized_row_tile,
+    quantized_bits,
+    row_peak,
+    scale_of,
+    split_row_tile,
 )
 
 
@@ -49,17 +51,27 @@ def geglu_fp8_reference(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 @triton.jit
-def _geglu_fp8_kernel(gate_up_ptr, q_ptr, scale_ptr, row_stride, I: tl.constexpr, BLOCK: tl.constexpr):
+def _geglu(gate_ptr, up_ptr, inside):
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr, mask=inside, other=0.0).to(tl.float32)
+    return (gelu_tanh(gate).to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _geglu_fp8_kernel(
+    gate_up_ptr, q_ptr, scale_ptr, row_stride, I: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = col < I
-    dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
-    gate = tl.load(gate_up_ptr + row * row_stride + col, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * row_stride + I + col, mask=inside, other=0.0).to(tl.float32)
-    y = (gelu_tanh(gate).to(dtype).to(tl.float32) * up).to(dtype)
-    q, scale = quantize_rows(y.to(tl.float32))
-    tl.store(q_ptr + row * I + col, q, mask=inside)
-    tl.store(scale_ptr + row + tl.zeros_like(scale).to(tl.int32), scale)
+    head = tl.arange(0, HEAD)[None, :]
+    tail = HEAD + tl.arange(0, TAIL)[None, :]
+    start = gate_up_ptr + row * row_stride
+    y = _geglu(start + head, start + I + head, head < I)
+    rest = _geglu(start + tail, start + I + tail, tail < I)
+    peak = tl.maximum(row_peak(y), row_peak(rest))
+    tl.store(q_ptr + row * I + head, quantized_bits(y, peak), mask=head < I)
+    tl.store(q_ptr + row * I + tail, quantized_bits(rest, peak), mask=tail < I)
+    tl.store(scale_ptr + row + tl.zeros_like(peak), scale_of(peak))
 
 
 def geglu_fp8_launch(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +79,7 @@ def geglu_fp8_launch(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     q, scale = empty_quantized(rows, width, gate_up.device)
     if rows:
         _geglu_fp8_kernel[(rows,)](
-            gate_up, q.view(torch.uint8), scale, gate_up.stride(0), I=width, **quantized_row_tile(width)
+            gate_up, q.view(torch.uint8), scale, gate_up.stride(0), I=width, **split_row_tile(width)
         )  # fmt: skip
     return q, scale
 

@@ -17,10 +17,11 @@ from gemcutter.ops.quantize_fp8 import (
     check_quantized_width,
     empty_quantized,
     quantize_fp8_reference,
-    quantize_rows,
-    quantized_row_tile,
+    quantized_bits,
+    row_peak,
+    scale_of,
 )
-from gemcutter.ops.rms_norm import rms_norm_reference
+from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
 
 
 def rms_norm_fp8(
@@ -80,9 +81,10 @@ def _rms_norm_fp8_kernel(
     if WEIGHTED:
         y = y * tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     # Past the row's end 0 times an infinite factor would be NaN, and the largest of its row.
-    q, scale = quantize_rows(tl.where(inside, y.to(dtype).to(tl.float32), 0.0))
-    tl.store(q_ptr + row * H + col, q, mask=inside)
-    tl.store(scale_ptr + row + tl.zeros_like(scale).to(tl.int32), scale)
+    y = tl.where(inside, y.to(dtype).to(tl.float32), 0.0)
+    peak = row_peak(y)
+    tl.store(q_ptr + row * H + col, quantized_bits(y, peak), mask=inside)
+    tl.store(scale_ptr + row + tl.zeros_like(peak), scale_of(peak))
 
 
 def rms_norm_fp8_launch(x, weight, eps, residual) -> list[torch.Tensor]:
@@ -94,7 +96,7 @@ def rms_norm_fp8_launch(x, weight, eps, residual) -> list[torch.Tensor]:
         _rms_norm_fp8_kernel[(rows,)](
             x, weight, residual, q.view(torch.uint8), scale, hidden[0] if added else None,
             x.stride(0), residual.stride(0) if added else 0, eps,
-            H=width, WEIGHTED=weight is not None, ADDED=added, **quantized_row_tile(width),
+            H=width, WEIGHTED=weight is not None, ADDED=added, **row_tile(width),
         )  # fmt: skip
     return [q, scale, *hidden]
 
