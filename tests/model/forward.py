@@ -47,6 +47,7 @@ def step_batch(token_ids: torch.Tensor, chunks: list[tuple[int, int]], tables: d
     """
     device = token_ids.device
     lengths = [stop - start for start, stop in chunks]
+    assert lengths == sorted(lengths, key=lambda length: length > 1), f"chunks of {lengths}: single tokens first"
     ends = np.cumsum([0, *lengths])
     positions = torch.cat([torch.arange(start, stop) for start, stop in chunks])
     sequence = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(lengths))

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.library import define
-from gemcutter.ops.tile import elementwise_tile
+from gemcutter.ops.tile import elementwise_tile, tile_at
 
 
 def embed(token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> torch.Tensor:
@@ -59,8 +59,7 @@ def _embed_kernel(
     ids_ptr, table_ptr, out_ptr, table_stride, tokens, scale,
     W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    row, col = tile_at(tl.program_id(0), W, ROWS, COLS)
     inside = (row < tokens) & (col < W)
     token_id = tl.load(ids_ptr + row, mask=row < tokens, other=0)
     x = tl.load(table_ptr + token_id * table_stride + col, mask=inside, other=0.0).to(tl.float32)
@@ -72,7 +71,7 @@ def embed_launch(token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> 
     out = torch.empty(tokens, width, dtype=table.dtype, device=table.device)
     if tokens:
         tile = elementwise_tile(width)
-        _embed_kernel[(triton.cdiv(tokens, tile["ROWS"]), triton.cdiv(width, tile["COLS"]))](
+        _embed_kernel[(triton.cdiv(tokens, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)](
             token_ids, table, out, table.stride(0), tokens, rounded(scale, table.dtype), W=width, **tile
         )
     return out

@@ -15,7 +15,7 @@ from triton.language.extra import libdevice
 
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.library import define
-from gemcutter.ops.tile import elementwise_tile
+from gemcutter.ops.tile import elementwise_tile, tile_at
 
 
 def geglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -85,8 +85,7 @@ def gelu_tanh(x):
 def _gelu_mul_kernel(
     gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, rows, I: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+    row, col = tile_at(tl.program_id(0), I, ROWS, COLS)
     inside = (row < rows) & (col < I)
     row = row.to(tl.int64)
     dtype = out_ptr.dtype.element_ty
@@ -105,7 +104,7 @@ def gelu_mul_launch(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     if rows:
         tile = elementwise_tile(width)
-        _gelu_mul_kernel[(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["COLS"]))](
+        _gelu_mul_kernel[(triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)](
             gate, up, out, gate.stride(0), up.stride(0), rows, I=width, **tile
         )
     return out

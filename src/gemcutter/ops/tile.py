@@ -1,6 +1,7 @@
 """The tile of a kernel that reads each element once and mixes no two: rows times columns."""
 
 import triton
+import triton.language as tl
 
 
 def elementwise_tile(width: int) -> dict[str, int]:
@@ -12,3 +13,12 @@ def elementwise_tile(width: int) -> dict[str, int]:
     divisor = width & -width
     cols = min(divisor, 1024) if divisor >= 64 else min(triton.next_power_of_2(width), 1024)
     return dict(ROWS=1024 // cols, COLS=cols, num_warps=4, enable_fp_fusion=False)
+
+
+@triton.jit
+def tile_at(number, W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows [ROWS, 1] and columns [1, COLS] of a tile; tiles are numbered along the rows, as memory lies."""
+    across: tl.constexpr = (W + COLS - 1) // COLS
+    row = number // across * ROWS + tl.arange(0, ROWS)
+    col = number % across * COLS + tl.arange(0, COLS)
+    return row[:, None], col[None, :]
