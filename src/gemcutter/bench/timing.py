@@ -103,9 +103,10 @@ def _empty_kernel():
 
 def measure_ceiling() -> Ceiling:
     size = 1 << 30
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda").view(torch.int32)
     target = torch.empty_like(source)
-    copying = Graph([lambda: target.copy_(source)] * 4)
+    # A kernel of the multiprocessors: the copy engine, which a graph's copy node goes to, reaches 2.7 of 4.3 TB/s.
+    copying = Graph([lambda: torch.bitwise_not(source, out=target)] * 4)
     idling = Graph([lambda: _empty_kernel[(1,)]()] * 200)
     copied, empty = time_graphs([copying, idling])
     return Ceiling(2 * size / copied, empty)
