@@ -80,15 +80,14 @@ def _rank_kernel(
 
 @triton.jit(do_not_specialize=["slots", "chunk"])
 def _count_kernel(ids_ptr, counts_ptr, slots, chunk, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[p, e]: slots of expert e in chunk p."""
+    """counts[p, e]: slots of expert e in chunk p, which is so many blocks."""
     begin = tl.program_id(0) * chunk
-    end = tl.minimum(begin + chunk, slots)
     expert = tl.arange(0, E_BLOCK)
     counts = tl.zeros([E_BLOCK], tl.int32)
-    for first in range(begin, end, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + slot, mask=slot < end, other=E).to(tl.int32)
-        counts += tl.histogram(ids, E_BLOCK, mask=slot < end)
+    for first in range(0, chunk, BLOCK):
+        slot = begin + first + tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + slot, mask=slot < slots, other=E).to(tl.int32)
+        counts += tl.histogram(ids, E_BLOCK, mask=slot < slots)
     tl.store(counts_ptr + tl.program_id(0) * E + expert, counts, mask=expert < E)
 
 
@@ -114,11 +113,10 @@ def _place_kernel(
         tl.store(starts_ptr + E, slots)
     next_place = stops - total + before
 
-    end = tl.minimum(mine * chunk + chunk, slots)
     lane = tl.arange(0, BLOCK)
-    for first in range(mine * chunk, end, BLOCK):
-        slot = first + lane
-        inside = slot < end
+    for first in range(0, chunk, BLOCK):
+        slot = mine * chunk + first + lane
+        inside = slot < slots
         ids = tl.load(ids_ptr + slot, mask=inside, other=E).to(tl.int32)
         # Lanes ahead with the same expert, of the keys ids * BLOCK + lane: one difference, one comparison. Along
         # axis 0, which a thread adds up by itself.
