@@ -3,12 +3,16 @@
 On a GPU the kernels run there, at every released shape, on up to 8192 rows. Without one the same kernels run in
 Triton's interpreter, at the shapes of two models, on few rows. NaN equals NaN, -0.0 is not 0.0. The last line is
 JSON; status 1 says that an element differs.
+
+--compile makes every kernel's binary for sm_90, sm_100 and gfx942 instead, which needs none of these cards.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,6 +24,7 @@ from gemcutter.cli.flags import Parser
 INTERPRETED_ROWS = (0, 2)
 # Left out there unless --shape asks for one: E2B and 26B-A4B have every form between them, in 2 minutes.
 NOT_INTERPRETED = ("E4B", "12B", "31B", "GLM-4.7")
+COMPILERS = 2  # processes
 WIDTH = 116  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
@@ -29,9 +34,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--rows", action="append", type=_count, metavar="N", help="only this number of rows; may be given again"
     )
+    parser.add_argument("--compile", action="store_true", help="compile the kernels for each target; runs nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.compile:
+        return _compile(args)
     import torch  # seconds, for which no --help should wait
 
     on_gpu = torch.cuda.is_available()
@@ -98,6 +106,43 @@ def _print(results: Sequence, where: str, rows: list[int], kinds: list[str], on_
             console.print(f"{at}: {says}", markup=False, highlight=False)
     totals = {name: sum(record[name] for record in records) for name in ("compared", "different")}
     print(json.dumps(dict(device=where, rows=rows, **totals, cases=records)), flush=True)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    if args.op or args.shape or args.rows:
+        args.parser.error("--compile takes every op at every shape; leave out --op, --shape and --rows")
+    from gemcutter.verify.compiles import TARGETS, count_variants, launched_kernels, launches
+
+    jobs = [(op, target) for op in launches() for target in TARGETS]
+    variants, errors = {kernel: {} for kernel in launched_kernels()}, []
+    # Not forked: PyTorch's threads do not survive that.
+    with (
+        Progress(console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool,
+    ):
+        results = pool.map(count_variants, *zip(*jobs, strict=True))
+        for (op, target), made in progress.track(zip(jobs, results, strict=True), total=len(jobs)):
+            if isinstance(made, str):
+                errors.append(f"{op} for {target}: {made}")
+                continue
+            for kernel, count in made.items():
+                found = variants.setdefault(kernel, {})
+                found[target] = found.get(target, 0) + count
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("kernel", no_wrap=True)
+    for target in TARGETS:
+        table.add_column(target, justify="right", no_wrap=True)
+    for kernel, made in sorted(variants.items()):
+        table.add_row(kernel, *(str(made.get(target, "-")) for target in TARGETS))
+        errors += [
+            f"{kernel} is launched, and not compiled for {target}" for target in TARGETS if target not in made
+        ]
+    console = Console()
+    console.print(table, markup=False, highlight=False)
+    for error in errors:
+        console.print(error, markup=False, highlight=False)
+    print(json.dumps(dict(variants=variants, errors=errors)), flush=True)
+    return 1 if errors else 0
 
 
 def _count(text: str) -> int:

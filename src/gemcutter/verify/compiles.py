@@ -1,0 +1,133 @@
+"""Compile the ops' kernels for cards that are not there.
+
+Each launch runs as it stands, on tensors of the CPU; what would start a kernel compiles it instead, for the target
+of a driver that has no card. So a signature stands in the launch alone.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gemcutter import ops
+from gemcutter.ops.attend_decode import launch_decode
+from gemcutter.ops.attend_prefill import launch_prefill
+from gemcutter.ops.experts import experts_launch
+from gemcutter.verify.case import Case
+from gemcutter.verify.cases import all_cases
+from gemcutter.verify.inputs import Kind
+from gemcutter.verify.shapes import MODELS as RELEASED
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MODELS = ("E2B", "26B-A4B")  # which have every form between them; shapes without a model's name are taken too
+MOST_BYTES = 2**28  # of one launch's tensors
+
+
+def launched_kernels() -> set[str]:
+    """Module and name of every kernel that something in `gemcutter.ops` launches, as `name[grid](...)`."""
+    found = set()
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                kernel = getattr(module, getattr(node.func.value, "id", ""), None)
+                if type(kernel) is JITFunction:  # Gluon's are another type: written for one card
+                    found.add(name_of(kernel))
+    return found
+
+
+def name_of(kernel: JITFunction) -> str:
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+
+
+def launches() -> dict[str, list[Callable[[], object]]]:
+    """By op, what launches its kernels at the shapes of MODELS: on one row, and on many."""
+    found: dict[str, list[Callable[[], object]]] = {}
+    for case in all_cases():
+        first = case.shape.split()[0]
+        if case.dtype == torch.bfloat16 and (first in MODELS or first not in {model.name for model in RELEASED}):
+            many = max(1, min(1024, MOST_BYTES // case.bytes_moved(1)))
+            found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
+    found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
+    shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
+    found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
+    return found
+
+
+def _launch(case: Case, rows: int) -> None:
+    case.launch(*case.make(rows, Kind.NORMAL, "cpu"))
+
+
+def _experts(rows: int, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    ids = torch.zeros(rows, top_k, dtype=torch.int64)
+    weights = torch.empty(rows, top_k)
+    experts_launch(half(rows, hidden), ids, weights, half(count, 2 * width, hidden), half(count, hidden, width))
+
+
+def _attend(heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
+    """A decode of 40 keys, and a prefill of 32."""
+    q = torch.empty(33, heads, head_dim, dtype=dtype)
+    cache = torch.empty(8, kv_heads, 16, head_dim, dtype=dtype)
+    pages = torch.zeros(2, 4, dtype=torch.int32)
+    start, kv_len = torch.tensor([0, 1, 33], dtype=torch.int32), torch.tensor([40, 40], dtype=torch.int32)
+    launch_decode(q, cache, cache, kv_len, pages, 1, window, q)
+    launch_prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, q)
+
+
+def compile_op(op: str, target: str) -> dict[str, list[CompiledKernel]]:
+    """Every variant of every kernel that the op's launches would start, by the kernel's name."""
+    found: dict[str, list[CompiledKernel]] = {}
+    with _compile_instead(target) as compiled:
+        for launch in launches()[op]:
+            launch()
+    for name, kernel in compiled:
+        if not any(kernel is other for other in found.setdefault(name, [])):
+            found[name].append(kernel)
+    return found
+
+
+def count_variants(op: str, target: str) -> dict[str, int] | str:
+    """How many there are of each kernel, or what the compiler says."""
+    try:
+        return {name: len(kernels) for name, kernels in compile_op(op, target).items()}
+    except Exception as error:  # whatever the compiler raises is a finding, and the other kernels go on
+        return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _compile_instead(target: str) -> Iterator[list[tuple[str, CompiledKernel]]]:
+    """Collects (name, compiled kernel) of what would be launched."""
+    found, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        found.append((name_of(self), run(self, *args, grid=grid, warmup=True, **options)))
+
+    number = list(TARGETS).index(target)  # Triton keeps its kernels by device
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: TARGETS[target],
+            get_current_device=lambda: number,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run
+        driver._active = None

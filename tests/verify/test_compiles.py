@@ -1,0 +1,61 @@
+"""Kernels compiled for cards that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gemcutter.verify.compiles import TARGETS, compile_op, count_variants, launched_kernels, launches
+
+SHARED_LIMIT = 227 * 1024  # of one program on sm_90
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_binaries(target):
+    binary = "hsaco" if target.startswith("gfx") else "cubin"
+    kernels = compile_op("k_eq_v_norm", target)
+    assert list(kernels) == ["k_eq_v_norm._k_eq_v_norm_kernel"]
+    assert all(len(kernel.asm[binary]) > 1000 for kernel in kernels["k_eq_v_norm._k_eq_v_norm_kernel"])
+
+
+def test_tells_what_the_compiler_says(monkeypatch):
+    monkeypatch.setitem(launches.__globals__, "launches", lambda: {"embed": [lambda: 1 / 0]})
+    assert count_variants("embed", "sm_90") == "ZeroDivisionError: division by zero"
+
+
+def test_divides_and_keeps_denormals_as_pytorch():
+    for kernel in compile_op("select_experts", "sm_90")["select_experts._select_kernel"]:
+        ptx = kernel.asm["ptx"]
+        assert "div.rn.f32" in ptx and "div.full" not in ptx
+        assert "mul.ftz" not in ptx and "add.ftz" not in ptx and "div.rn.ftz" not in ptx
+
+
+def test_finds_the_kernels_that_are_launched():
+    found = launched_kernels()
+    assert {"rms_norm._rms_norm_kernel", "attend_prefill._prefill_kernel", "experts._up_kernel"} <= found
+    assert not any("mean_square" in name for name in found)  # helpers of kernels
+
+
+@pytest.mark.slow
+def test_attention_fits_hopper():
+    kernels = compile_op("attend", "sm_90")
+    half = [kernel for kernel in kernels["attend_prefill._prefill_kernel"] if "wgmma" in kernel.asm["ptx"]]
+    assert len(half) == 2, "bfloat16 prefill does not run on the tensor cores"
+    partial = [kernel for kernel in kernels["attend_decode._partial_kernel"] if "mma.sync" in kernel.asm["ptx"]]
+    assert len(partial) == 2, "bfloat16 decode does not run on the tensor cores"
+    assert all(kernel.metadata.shared <= SHARED_LIMIT for kernel in kernels["attend_prefill._prefill_kernel"])
+    for kernel in kernels["attend_decode._partial_kernel"]:
+        assert kernel.metadata.shared <= SHARED_LIMIT / 2, "two programs should share an SM"
+    assert all("cp.async" in kernel.asm["ptx"] for kernel in (*half, *partial)), "loads are not pipelined"
+
+
+@pytest.mark.slow
+def test_every_launched_kernel_compiles_for_every_target():
+    command = [sys.executable, "-m", "gemcutter", "verify", "--compile"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=900)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and not found["errors"], found["errors"]
+    assert set(found["variants"]) >= launched_kernels()
+    assert all(set(made) == set(TARGETS) and min(made.values()) > 0 for made in found["variants"].values())
