@@ -1,5 +1,6 @@
 # make demo   set up, then stream an answer of the default model
 # make test   set up, then run the quick tests, on the GPU too where there is one (test-all adds the slow ones)
+# make verify compare the kernels' bits with their references', and compile them for cards that are not there
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 # Without a GPU one pinned torch is enough and every other package accepts it; with one, the newest that fits.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11,<2.14" || echo "torch==2.13.0")
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all verify lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/gemcutter generate "A box holds 12 pencils. Mia buys 4 boxes and gives 15 pencils to Tom. How many pencils does she have left?"
@@ -18,6 +19,10 @@ test: $(VENV)/ready lint
 
 test-all: $(VENV)/ready lint
 	$(BIN)/python -m pytest -m ""
+
+verify: $(VENV)/ready
+	$(BIN)/gemcutter verify
+	$(BIN)/gemcutter verify --compile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
