@@ -1,27 +1,23 @@
 """Selection of experts: the reference against HF, the kernel against PyTorch's CUDA kernels' arithmetic.
 
-On a CPU the kernel runs in Triton's interpreter, against that arithmetic written out below thread by thread;
-on a GPU against PyTorch itself, bit for bit.
+On a CPU the kernel runs in Triton's interpreter, against that arithmetic written out thread by thread in
+`gemcutter.verify.cuda_arithmetic`; on a GPU against PyTorch itself, bit for bit.
 """
 
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from interpreter import interpret
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
-from triton import compile as triton_compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.language.extra import libdevice
 
 from gemcutter.ops.select_experts import (
-    _select_kernel,
     select_experts,
     select_experts_launch,
     select_experts_reference,
 )
+from gemcutter.verify.cuda_arithmetic import select_experts as select_by_threads
+from gemcutter.verify.cuda_arithmetic import softmax_of_warps, sum_halving, topk_of_blocks
 
 # Experts and top k: one expert only, fewer than a warp, Gemma 4's 128 and 8, no powers of two, the most.
 SHAPES = [(1, 1), (8, 1), (8, 8), (16, 6), (128, 8), (160, 5), (129, 32), (1024, 16), (1024, 32)]
@@ -61,62 +57,8 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
     return got.dtype == want.dtype and got.shape == want.shape and bool(equal.all())
 
 
-# PyTorch's CUDA kernels, thread by thread.
-
-
-def softmax_of_warps(x: np.ndarray) -> np.ndarray:
-    """[E] float32: a warp's lanes take every 32nd expert, then exchange across 16, 8, 4, 2, 1."""
-    width = min(1 << (len(x) - 1).bit_length(), 32)
-    powers = np.exp(x - x.max())
-    sums = [np.float32(0)] * width
-    for i, power in enumerate(powers):
-        sums[i % width] += power
-    distance = width // 2
-    while distance:
-        sums = [sums[lane] + sums[lane ^ distance] for lane in range(width)]
-        distance //= 2
-    return powers / sums[0]
-
-
-def topk_of_blocks(p: np.ndarray, k: int) -> list[int]:
-    """Ids: those above the k-th value by id, then those at it by id, through a bitonic network of 32 places."""
-    order = np.where(np.isnan(p), np.float32(np.inf), p)
-    last = np.sort(order)[-k]
-    ids = [i for i in range(len(p)) if order[i] > last]
-    ids += [i for i in range(len(p)) if order[i] == last][: k - len(ids)]
-    if k == 1:
-        return ids
-    places = [(order[i], i, True) for i in ids] + [(np.float32(0), -1, False)] * (32 - k)
-
-    def swap(a: int, b: int, flag: bool) -> None:
-        (key_a, _, valid_a), (key_b, _, valid_b) = places[a], places[b]
-        if ((key_a > key_b and valid_a) or not valid_b) == flag:
-            places[a], places[b] = places[b], places[a]
-
-    size = 2
-    while size <= 32:
-        stride = size // 2
-        while stride:
-            for thread in range(16):
-                at = 2 * thread - (thread & (stride - 1))
-                swap(at, at + stride, size < 32 and thread & (size // 2) != 0)
-            stride //= 2
-        size *= 2
-    return [i for _, i, _ in places[:k]]
-
-
-def sum_halving(v: np.ndarray) -> np.float32:
-    """[k] float32 as `torch.sum` adds it: i and i + the largest power of two, then halves."""
-    width = 1 << (len(v).bit_length() - 1)
-    sums = [v[i] + v[i + width] if i + width < len(v) else v[i] for i in range(width)]
-    while width > 1:
-        width //= 2
-        sums = [sums[i] + sums[i + width] for i in range(width)]
-    return sums[0]
-
-
 def sum_adjacent(v: np.ndarray) -> np.float32:
-    """The same with neighbours first, as PyTorch did before it halved."""
+    """[k] float32, neighbours first, as PyTorch did before it halved."""
     width = 1 << (len(v).bit_length() - 1)
     sums = [v[i] + v[i + width] if i + width < len(v) else v[i] for i in range(width)]
     while len(sums) > 1:
@@ -129,17 +71,6 @@ def sum_in_turn(v: np.ndarray) -> np.float32:
     for value in v[1:]:
         total = total + value
     return total
-
-
-def select_by_threads(x: torch.Tensor, scale: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    all_ids, all_weights = [], []
-    with np.errstate(all="ignore"):
-        for row in x.numpy():
-            p = softmax_of_warps(row)
-            ids = topk_of_blocks(p, k)
-            all_ids.append(ids)
-            all_weights.append(p[ids] / sum_halving(p[ids]) * scale.numpy()[ids])
-    return torch.tensor(all_ids).reshape(-1, k), torch.from_numpy(np.array(all_weights, np.float32)).reshape(-1, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -186,7 +117,7 @@ def test_opcheck(tokens):
 
 
 def test_orders_differ():
-    """The sums and orders below are told apart by these draws: a kernel with another order fails."""
+    """The sums and orders are told apart by these draws: a kernel with another order fails."""
     v = torch.rand(400, 8, generator=torch.Generator().manual_seed(0)).numpy()
     halves = [sum_halving(row) for row in v]
     assert any(a != sum_adjacent(row) for a, row in zip(halves, v, strict=True))
@@ -224,25 +155,6 @@ def check_interpreted(kind: str) -> None:
         half = select_experts_launch(x[:2].half(), scale.half(), k)  # rounds on the way in only
         want = select_by_threads(x[:2].half().float(), scale.half().float(), k)
         assert torch.equal(half[0], want[0]) and same(half[1], want[1])
-
-
-@pytest.mark.parametrize("target", [("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)], ids=str)
-@pytest.mark.parametrize("experts, k, dtype", [(128, 8, "bf16"), (1024, 32, "fp32"), (8, 1, "bf16")], ids=str)
-def test_compiles(experts, k, dtype, target):
-    constants = dict(E=experts, E_BLOCK=max(experts, 32), TOP_K=k)
-    pointers = dict(logits_ptr="*" + dtype, scale_ptr="*" + dtype, ids_ptr="*i64", weights_ptr="*fp32")
-    signature = {name: "constexpr" for name in constants} | pointers | {"row_stride": "i32"}
-    names = _select_kernel.arg_names
-    source = ASTSource(
-        fn=_select_kernel,
-        signature={name: signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    code = triton_compile(source, target=GPUTarget(*target), options=dict(num_warps=1, enable_fp_fusion=False)).asm
-    if target[0] == "cuda":
-        # Denormals kept and IEEE division, as PyTorch is compiled.
-        assert "div.rn.f32" in code["ptx"] and "div.full" not in code["ptx"]
-        assert "mul.ftz" not in code["ptx"] and "add.ftz" not in code["ptx"] and "div.rn.ftz" not in code["ptx"]
 
 
 @pytest.mark.gpu
@@ -296,8 +208,8 @@ def test_gpu_orders_of_pytorch():
         lines.append(f"topk k {k}: {found}")
     x = draw("normal", 100, 160)
     want = torch.softmax(x.cuda(), -1).cpu().numpy()
-    off = max(np.abs(softmax_of_warps(a) / b - 1).max() for a, b in zip(x.numpy(), want, strict=True))
-    lines.append(f"softmax by threads, with numpy's exp: off by {off:.1e}")
+    off = max(np.abs(softmax_of_warps(a) / b - 1).max() for a, b in zip(x, want, strict=True))
+    lines.append(f"softmax by threads, with the CPU's exp: off by {off:.1e}")
     print(*lines, sep="\n")
     sums, orders = lines[:-1], [line for line in lines if line.startswith("topk")]
     assert all("sum_halving" in line for line in sums if line.startswith("sum")), sums
@@ -305,8 +217,6 @@ def test_gpu_orders_of_pytorch():
 
 
 if __name__ == "__main__":
-    # The interpreter has no libdevice.
-    libdevice.exp = lambda x: tl.exp(x)
     # Poisoned, so that an unwritten output cannot pass for one of zeros.
     empty = torch.empty
     torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(7)

@@ -66,6 +66,21 @@ def check_functions(x: torch.Tensor) -> None:
         assert torch.equal(got[~want.isnan()], want[~want.isnan()]) and got[want.isnan()].isnan().all(), name
 
 
+def check_products(dtype: torch.dtype) -> None:
+    a, b = torch.randn(2, 16, 16).to(dtype)
+    got = torch.empty(16, 16)
+    dot_kernel[(1,)](a, b, got)
+    torch.testing.assert_close(got, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def check_fma(x: torch.Tensor) -> None:
+    """x * x - round(x * x): what one rounding cuts off, and nothing where there are two."""
+    got = torch.empty_like(x)
+    fma_kernel[(1,)](x, got, BLOCK=len(x))
+    exact = x.double() * x.double() - (x * x).double()
+    assert torch.equal(got, exact.float()) and got.count_nonzero() > len(x) / 2
+
+
 if __name__ == "__main__":
     import triton
     import triton.language as tl
@@ -85,7 +100,21 @@ if __name__ == "__main__":
         y = libdevice.exp(x) if NAME == "exp" else libdevice.tanh(x)
         tl.store(out_ptr + at, y, mask=at < size)
 
+    @triton.jit
+    def dot_kernel(a_ptr, b_ptr, out_ptr):
+        at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(out_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision="ieee"))
+
+    @triton.jit
+    def fma_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at)
+        tl.store(out_ptr + at, tl.fma(x, x, -(x * x)))
+
     install()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check_products(dtype)
+    check_fma(torch.randn(256))
     check_casts(hard_values())
     check_functions(hard_values())
     print("all casts")

@@ -1,7 +1,8 @@
 """Triton's interpreter with the arithmetic of a GPU, for kernels that run where there is none.
 
 As it comes (3.6 to 3.9) it truncates float32 to bfloat16, so that half of all casts differ from PyTorch's and from
-the card's, it has no libdevice, and in 3.6 a fused multiply-add rounds twice.
+the card's; it multiplies matrices of bfloat16 as integers and has no libdevice; in 3.6 a fused multiply-add rounds
+twice.
 """
 
 import functools
@@ -24,7 +25,9 @@ def install() -> None:
         raise RuntimeError("kernels are not interpreted: set TRITON_INTERPRET=1 before triton is imported")
     if not hasattr(interpreter._convert_float, "__wrapped__"):
         interpreter._convert_float = _with_right_bfloat16(interpreter._convert_float)
-        interpreter.InterpreterBuilder.create_fma = _fma
+        builder = interpreter.InterpreterBuilder
+        builder.create_fma = _fma
+        builder.create_dot = _of_bfloat16_values(builder.create_dot)
         for name in ("exp", "tanh"):
             setattr(libdevice, name, _by_torch(getattr(torch, name)))
         # Kernels are given inf, NaN and what overflows on purpose.
@@ -40,6 +43,17 @@ def _with_right_bfloat16(convert: Callable) -> Callable:
         if source == tl.bfloat16 and target == tl.float32:
             return (data.astype(np.uint32) << 16).reshape(data.shape)
         return convert(data, source, target, rounding)
+
+    return wrapper
+
+
+def _of_bfloat16_values(dot: Callable) -> Callable:
+    """Products of the bfloat16 numbers, where the interpreter would multiply their bits as integers."""
+
+    def wrapper(builder, a, b, *more):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (builder.cast_impl(part, tl.float32) for part in (a, b))
+        return dot(builder, a, b, *more)
 
     return wrapper
 
