@@ -1,0 +1,40 @@
+"""Programmatic dependent launch: a kernel starts while its predecessor ends, and waits before it touches memory.
+
+On Hopper and later a kernel of ours may be on the card before the one ahead of it is done; what it does until
+`join` (addresses, loads of weights) is free. Every chained kernel joins before its first access to anything that a
+kernel writes, so what it sees is what it would see without chaining. Source: CUDA programming guide, programmatic
+dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def release(CHAINED: tl.constexpr):
+    """Let the next kernel come on the card."""
+    if CHAINED:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def join(CHAINED: tl.constexpr):
+    """Wait until all kernels before this one are done and their writes in sight."""
+    if CHAINED:
+        gdc_wait()
+
+
+def chained(x: torch.Tensor) -> dict[str, bool]:
+    """Launch options of a chained kernel for x's device."""
+    return _options(x.device.index) if x.is_cuda and torch.version.hip is None else {"CHAINED": False}
+
+
+@functools.cache
+def _options(device: int) -> dict[str, bool]:
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}

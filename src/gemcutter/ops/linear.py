@@ -1,0 +1,118 @@
+"""Linear layer whose rows do not know each other: x @ weight.T with one order of summation.
+
+The sum over K runs in ascending steps of 16, the depth of one tensor core instruction, into one float32
+accumulator from beginning to end; nothing splits it. Hopper's tensor cores then give the same bits whatever the
+tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a kernel of ours that streams the
+weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from gemcutter.ops.arguments import check_matrix
+from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.library import define
+from gemcutter.ops.linear_hopper import stream, streams
+
+MOST_STREAMED = 64  # rows; beyond, the weights are read once for several tiles and cuBLASLt is as fast or faster
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply each row by the transposed weight.
+
+    Args:
+        x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0.
+        weight: [N, K] of x's dtype, dense.
+
+    Returns:
+        [T, N] of x's dtype, a row's bits a function of that row alone (on a GPU).
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
+    """
+    return _linear(x, weight)
+
+
+def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+    check_matrix("x", x)
+    check_matrix("weight", weight, width=x.shape[1])
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise TypeError(f"weight is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}: both must agree")
+    if not weight.is_contiguous():
+        raise ValueError(f"weight has strides {weight.stride()}: it must be dense; call .contiguous()")
+
+
+def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if not x.is_cuda or x.dtype == torch.float32:
+        return F.linear(x, weight)
+    before = torch.backends.cuda.preferred_blas_library()
+    half = torch.backends.cuda.matmul
+    name = f"allow_{'bf16' if x.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
+    allowed = getattr(half, name)
+    try:
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        setattr(half, name, (False, False))
+        return F.linear(x, weight)
+    finally:
+        setattr(half, name, allowed)
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _linear_kernel(
+    x_ptr, weight_ptr, out_ptr, tokens, x_stride,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Program (n, t): BLOCK_N rows of the weight, the M operand of the tensor cores, by BLOCK_T tokens."""
+    release(CHAINED)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    held = (token < tokens)[:, None]
+    weight_at = weight_ptr + tl.minimum(column, N - 1)[:, None].to(tl.int64) * K + k[None, :]
+    x_at = x_ptr + token[:, None].to(tl.int64) * x_stride + k[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    join(CHAINED)
+    for begin in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            w = tl.load(weight_at + begin)
+            x = tl.load(x_at + begin, mask=held, other=0.0)
+        else:
+            inside = (k < K - begin)[None, :]
+            w = tl.load(weight_at + begin, mask=inside, other=0.0)
+            x = tl.load(x_at + begin, mask=inside & held, other=0.0)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    at = out_ptr + token[None, :].to(tl.int64) * N + column[:, None]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[None, :] & (column < N)[:, None])
+
+
+def linear_launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    (tokens, depth), columns = x.shape, weight.shape[0]
+    if tokens > MOST_STREAMED and x.dtype != torch.float32:
+        return linear_reference(x, weight)
+    out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
+    if tokens and streams(x, weight):
+        stream(x, weight, out)
+    elif tokens:
+        tile = linear_tile(x.dtype, tokens)
+        grid = triton.cdiv(columns, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_T"])
+        _linear_kernel[grid](x, weight, out, tokens, x.stride(0), N=columns, K=depth, **tile, **chained(x))
+    return out
+
+
+def linear_tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
+    """Tile and launch sizes. The bits do not depend on them, see above."""
+    if dtype == torch.float32:  # FMA instead of tensor cores; the order of the sum is the same in any tile
+        return dict(BLOCK_N=32, BLOCK_T=16, BLOCK_K=32, num_warps=4, num_stages=2)
+    if tokens <= 16:
+        return dict(BLOCK_N=64, BLOCK_T=16, BLOCK_K=128, num_warps=4, num_stages=8)
+    return dict(BLOCK_N=64, BLOCK_T=32 if tokens <= 32 else 64, BLOCK_K=128, num_warps=4, num_stages=6)
+
+
+_linear = define(
+    "linear(Tensor x, Tensor weight) -> Tensor",
+    check=check_linear, reference=linear_reference, launch=linear_launch,
+)  # fmt: skip

@@ -1,0 +1,109 @@
+"""The streaming kernel of `linear` on Hopper, in Gluon: weights come by TMA, before the predecessor is done.
+
+A program owns 64 rows of the weight. It asks for the first stages of them, then joins the chain, then asks for the
+rows of x: while the kernel ahead finishes, up to 160 KiB of weights an SM are under way. Weights are the M operand
+of wgmma, so 16 tokens fill an instruction. Measured on one H200 at 26B-A4B's shapes, one token, the four linears of
+a layer in a chain: 31.5 µs, against 36.5 without the early loads, 38.4 for the plain Triton kernel, 49.3 for cuBLAS
+and 23.9 for the bytes alone.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ROWS = 64  # of the weight a program, the M of one wgmma
+
+
+@gluon.jit
+def _stream_kernel(
+    weight_desc, x_desc, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    gdc_launch_dependents()
+    first = gl.program_id(0) * ROWS
+    dtype: gl.constexpr = weight_desc.dtype
+    w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
+    x_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+
+    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BYTES: gl.constexpr = (ROWS + BLOCK_T) * BLOCK_K * 2
+    for stage in gl.static_range(STAGES):
+        if stage < STEPS:
+            mbarrier.expect(ready.index(stage), BYTES)
+            at = [first, stage * BLOCK_K]
+            tma.async_copy_global_to_shared(weight_desc, at, ready.index(stage), w_stages.index(stage))
+    gdc_wait()
+    for stage in gl.static_range(STAGES):
+        if stage < STEPS:
+            at = [0, stage * BLOCK_K]
+            tma.async_copy_global_to_shared(x_desc, at, ready.index(stage), x_stages.index(stage))
+
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
+    acc = gl.zeros([ROWS, BLOCK_T], gl.float32, layout)
+    for step in range(STEPS):
+        now = step % STAGES
+        mbarrier.wait(ready.index(now), (step // STAGES) & 1)
+        acc = warpgroup_mma(w_stages.index(now), x_stages.index(now).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        # The product before this one is done: its stage is free for the load that comes STAGES later.
+        coming = step - 1 + STAGES
+        free = coming % STAGES
+        more = (step > 0) & (coming < STEPS)
+        mbarrier.expect(ready.index(free), BYTES, pred=more)
+        w_at = [first, coming * BLOCK_K]
+        tma.async_copy_global_to_shared(weight_desc, w_at, ready.index(free), w_stages.index(free), pred=more)
+        x_at = [0, coming * BLOCK_K]
+        tma.async_copy_global_to_shared(x_desc, x_at, ready.index(free), x_stages.index(free), pred=more)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(stage))
+
+    column = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    token = gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
+    at = out_ptr + token[None, :].to(gl.int64) * N + column[:, None]
+    gl.store(at, acc.to(dtype), mask=(token < tokens)[None, :] & (column < N)[:, None])
+
+
+def streams(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel takes these: on Hopper, of 16 bits an element, rows at multiples of 16 bytes."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    aligned = x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return aligned and weight.data_ptr() % 16 == 0 and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """x [T, K] of 1 to 64 rows, weight [N, K] -> out [T, N]."""
+    (tokens, depth), columns = x.shape, weight.shape[0]
+    block_t, block_k, stages = stream_tile(tokens)
+    _stream_kernel[(triton.cdiv(columns, ROWS),)](
+        _descriptor(weight, [ROWS, block_k]), _descriptor(x, [block_t, block_k]), out, tokens,
+        N=columns, K=depth, ROWS=ROWS, BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+def stream_tile(tokens: int) -> tuple[int, int, int]:
+    """BLOCK_T, BLOCK_K and STAGES: about 200 KiB of shared memory, one program an SM."""
+    if tokens <= 16:
+        return 16, 256, 5
+    return (32, 128, 8) if tokens <= 32 else (64, 128, 6)
+
+
+def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
