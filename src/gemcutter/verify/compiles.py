@@ -23,6 +23,7 @@ from gemcutter import ops
 from gemcutter.ops.attend_decode import launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 from gemcutter.ops.experts import experts_launch
+from gemcutter.ops.linear import linear_launch
 from gemcutter.verify.case import Case
 from gemcutter.verify.cases import all_cases
 from gemcutter.verify.inputs import Kind
@@ -64,6 +65,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
             found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
     found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
+    found["linear"] = [functools.partial(_linear, rows) for rows in (1, 32, 64)]
     found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
     return found
 
@@ -77,6 +79,12 @@ def _experts(rows: int, count: int = 128, top_k: int = 8, hidden: int = 2816, wi
     ids = torch.zeros(rows, top_k, dtype=torch.int64)
     weights = torch.empty(rows, top_k)
     experts_launch(half(rows, hidden), ids, weights, half(count, 2 * width, hidden), half(count, hidden, width))
+
+
+def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:
+    """Rows that no 16-byte load fits, which Hopper's own kernel does not take: the one for every card."""
+    x = torch.empty(rows, depth + 1, dtype=torch.bfloat16)[:, :depth]
+    linear_launch(x, torch.empty(columns, depth, dtype=torch.bfloat16))
 
 
 def _attend(heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
