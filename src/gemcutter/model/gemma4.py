@@ -5,7 +5,6 @@ stage of a layer, its scale, is the layer seam's.
 Shapes: T tokens of all sequences, S sequences, R sampled rows, H hidden, P per-layer embedding width, V vocab.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemcutter.batch import StepBatch
@@ -17,6 +16,7 @@ from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
 from gemcutter.ops.geglu import geglu, gelu_mul
 from gemcutter.ops.layer_seam import Routed, layer_seam
+from gemcutter.ops.linear import linear
 from gemcutter.ops.logits import logits
 from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
@@ -75,9 +75,9 @@ class Gemma4:
             attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms
         )
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
-        out = F.linear(geglu(F.linear(mlp_in, w.gate_up)), w.down)
+        out = linear(geglu(linear(mlp_in, w.gate_up)), w.down)
         if e is not None:
-            router_logits = F.linear(router_in, e.router)
+            router_logits = linear(router_in, e.router)
             ids, weights = select_experts(router_logits, e.per_expert_scale, layer.experts.top_k)
             out_of_experts = experts(expert_in, ids, weights, e.gate_up, e.down)
             routed = Routed(out_of_experts, e.dense_post_norm, e.post_norm)
@@ -85,8 +85,8 @@ class Gemma4:
             return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed)
         # 3. Per-layer input
         hidden, _ = layer_seam(out, hidden, w.post_feedforward_norm, eps, routed=routed)
-        gated = gelu_mul(F.linear(hidden, w.per_layer_input.gate), own_input)
-        injected = F.linear(gated, w.per_layer_input.projection)
+        gated = gelu_mul(linear(hidden, w.per_layer_input.gate), own_input)
+        injected = linear(gated, w.per_layer_input.projection)
         return layer_seam(injected, hidden, w.per_layer_input.post_norm, eps, w.scalar, next_norm)
 
     def _attention(self, layer: LayerSpec, w: LayerWeights, x: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
@@ -94,7 +94,7 @@ class Gemma4:
         where = batch.kinds[layer.kind]
         k_cache, v_cache = pool.k(layer.index), pool.v(layer.index)
         q = qkv_rope_store(
-            F.linear(x, w.qkv),
+            linear(x, w.qkv),
             w.q_norm,
             w.k_norm,
             *self._rope[layer.rope, layer.head_dim],
@@ -108,10 +108,10 @@ class Gemma4:
             mode_of(layer),
         )
         out = attend(q, k_cache, v_cache, batch, where.pages, layer.window)
-        return F.linear(out.flatten(1), w.o)
+        return linear(out.flatten(1), w.o)
 
     def _per_layer_inputs(self, batch: StepBatch, hidden: Tensor) -> Tensor:
         """Per-layer embeddings [T, L, P]."""
         spec, w = self.spec, self.weights.per_layer
-        projected = F.linear(hidden, w.projection)
+        projected = linear(hidden, w.projection)
         return per_layer_inputs(projected, batch.token_ids, w.embed, w.projection_norm, spec.hidden**-0.5, spec.eps)

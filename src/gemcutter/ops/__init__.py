@@ -10,6 +10,7 @@ from gemcutter.ops.geglu import geglu, gelu_mul
 from gemcutter.ops.geglu_fp8 import geglu_fp8
 from gemcutter.ops.k_eq_v_norm import k_eq_v_norm
 from gemcutter.ops.layer_seam import Routed, layer_seam
+from gemcutter.ops.linear import linear
 from gemcutter.ops.logits import logits, softcap_
 from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.qkv_norm import qkv_norm_
@@ -32,6 +33,7 @@ __all__ = [
     "gelu_mul",
     "k_eq_v_norm",
     "layer_seam",
+    "linear",
     "logits",
     "per_layer_inputs",
     "qkv_norm_",

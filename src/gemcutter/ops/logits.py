@@ -5,18 +5,18 @@ Source: HF `Gemma4ForCausalLM.forward`; on a CPU the bits are its bits.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from gemcutter.ops.arguments import FLOATS
 from gemcutter.ops.library import define
+from gemcutter.ops.linear import linear
 
 
 def logits(hidden: torch.Tensor, head: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """hidden [R, H] after the final norm, head [V, H], both of one float dtype -> [R, V] of that dtype."""
-    out = F.linear(hidden, head)
+    out = linear(hidden, head)
     if softcap is not None:
         softcap_(out, softcap)
     return out
