@@ -38,15 +38,18 @@ MODELS = ("E2B", "26B-A4B")  # which have every form between them; shapes withou
 MOST_BYTES = 2**28  # of one launch's tensors
 
 
-def launched_kernels() -> set[str]:
-    """Module and name of every kernel that something in `gemcutter.ops` launches, as `name[grid](...)`."""
+def launched_kernels(gluon: bool = False) -> set[str]:
+    """Module and name of every kernel that something in `gemcutter.ops` launches, as `name[grid](...)`.
+
+    gluon: those instead that are written for one card alone, which are not compiled here.
+    """
     found = set()
     for info in pkgutil.iter_modules(ops.__path__):
         module = importlib.import_module(f"{ops.__name__}.{info.name}")
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 kernel = getattr(module, getattr(node.func.value, "id", ""), None)
-                if type(kernel) is JITFunction:  # Gluon's are another type: written for one card
+                if isinstance(kernel, JITFunction) and kernel.is_gluon() == gluon:
                     found.add(name_of(kernel))
     return found
 
