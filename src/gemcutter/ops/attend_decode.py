@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.online_softmax import FLOOR, LOG2E, fold
 
 SPLIT = 128  # keys; 26B at batch 1 with 8192 keys then keeps 2 kv heads x 64 splits on 132 SMs
@@ -32,8 +33,11 @@ def _partial_kernel(
     q_ptr, k_ptr, v_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots, page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program (worker, kv head, sequence): partials worker, worker + workers, ... of the kv head's group."""
+    release(CHAINED)
+    join(CHAINED)
     workers = tl.num_programs(0)
     kv_head = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -77,9 +81,11 @@ def _partial_kernel(
 def _merge_kernel(
     kv_len_ptr, part_ptr, top_ptr, total_ptr, out_ptr, slots,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, BLOCK_D dims): the partials' weighted sum, 16 partials at a time."""
+    release(CHAINED)
+    join(CHAINED)
     seq = tl.program_id(0).to(tl.int64)
     head = seq * HEADS + tl.program_id(1)
     dims = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -153,12 +159,12 @@ def launch_decode(
         q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], slots, k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **decode_tile(q.dtype, head_dim),
+        **decode_tile(q.dtype, head_dim), **chained(q),
         enable_fp_fusion=True,  # said outright: the default is an environment variable's
     )  # fmt: skip
     block_d = min(head_dim, 128)
     _merge_kernel[(num_seqs, num_heads, head_dim // block_d)](
         kv_len, part, top, total, out, slots,
         HEADS=num_heads, D=head_dim, BLOCK_D=block_d, WINDOW=window or 0,
-        SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4, enable_fp_fusion=True,
+        SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4, enable_fp_fusion=True, **chained(q),
     )  # fmt: skip

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
 from gemcutter.ops.library import define
 from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
@@ -97,9 +98,11 @@ def _find_rows(starts_ptr, tile, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_M
 def _up_kernel(
     x_ptr, order_ptr, starts_ptr, gate_up_ptr, hidden_ptr, x_stride,
     E: tl.constexpr, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """hidden[row] = geglu(x[order[row] // TOP_K] @ gate_up[expert].T), rows in sorted order."""
+    release(CHAINED)
+    join(CHAINED)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     expert, begin, end = _find_rows(starts_ptr, pid // column_tiles, E, E_BLOCK, BLOCK_M)
@@ -133,9 +136,11 @@ def _up_kernel(
 def _down_kernel(
     hidden_ptr, order_ptr, starts_ptr, down_ptr, out_ptr,
     E: tl.constexpr, E_BLOCK: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out[order[row]] = hidden[row] @ down[expert].T: back from sorted rows to slots."""
+    release(CHAINED)
+    join(CHAINED)
     column_tiles: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     expert, begin, end = _find_rows(starts_ptr, pid // column_tiles, E, E_BLOCK, BLOCK_M)
@@ -162,9 +167,11 @@ def _down_kernel(
 @triton.jit
 def _combine_kernel(
     slots_ptr, ids_ptr, weights_ptr, out_ptr,
-    H: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum of slots[t, i] * weights[t, i] in ascending expert id, rounded after each step."""
+    release(CHAINED)
+    join(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < H
@@ -226,15 +233,24 @@ def experts_launch(
     row_tiles = (num_slots + min(num_experts, num_slots) * (up_tile.block_m - 1)) // up_tile.block_m
     shape = dict(E=num_experts, E_BLOCK=triton.next_power_of_2(num_experts), H=hidden, N=width)
     _up_kernel[(row_tiles * triton.cdiv(width, up_tile.block_n),)](
-        x, order, starts, gate_up, activated, x.stride(0), TOP_K=top_k, **shape, **_launch_options(up_tile)
+        x,
+        order,
+        starts,
+        gate_up,
+        activated,
+        x.stride(0),
+        TOP_K=top_k,
+        **shape,
+        **_launch_options(up_tile),
+        **chained(x),
     )
     _down_kernel[(row_tiles * triton.cdiv(hidden, down_tile.block_n),)](
-        activated, order, starts, down, slots, **shape, **_launch_options(down_tile)
+        activated, order, starts, down, slots, **shape, **_launch_options(down_tile), **chained(x)
     )
     columns = 1024
     _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
         slots, ids, weights, out,
-        H=hidden, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=columns, num_warps=4,
+        H=hidden, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=columns, num_warps=4, **chained(x),
     )  # fmt: skip
     return out
 
