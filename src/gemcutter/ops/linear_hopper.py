@@ -22,6 +22,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROWS = 64  # of the weight a program, the M of one wgmma
+# Triton 3.6 to 3.8 have it under the longer name, 3.9 only under the shorter.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -45,12 +47,12 @@ def _stream_kernel(
         if stage < STEPS:
             mbarrier.expect(ready.index(stage), BYTES)
             at = [first, stage * BLOCK_K]
-            tma.async_copy_global_to_shared(weight_desc, at, ready.index(stage), w_stages.index(stage))
+            load_tile(weight_desc, at, ready.index(stage), w_stages.index(stage))
     gdc_wait()
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
             at = [0, stage * BLOCK_K]
-            tma.async_copy_global_to_shared(x_desc, at, ready.index(stage), x_stages.index(stage))
+            load_tile(x_desc, at, ready.index(stage), x_stages.index(stage))
 
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
     acc = gl.zeros([ROWS, BLOCK_T], gl.float32, layout)
@@ -65,9 +67,9 @@ def _stream_kernel(
         more = (step > 0) & (coming < STEPS)
         mbarrier.expect(ready.index(free), BYTES, pred=more)
         w_at = [first, coming * BLOCK_K]
-        tma.async_copy_global_to_shared(weight_desc, w_at, ready.index(free), w_stages.index(free), pred=more)
+        load_tile(weight_desc, w_at, ready.index(free), w_stages.index(free), pred=more)
         x_at = [0, coming * BLOCK_K]
-        tma.async_copy_global_to_shared(x_desc, x_at, ready.index(free), x_stages.index(free), pred=more)
+        load_tile(x_desc, x_at, ready.index(free), x_stages.index(free), pred=more)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
