@@ -82,7 +82,7 @@ def _stream_kernel(
 
 def streams(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel takes these: on Hopper, of 16 bits an element, rows at multiples of 16 bytes."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cuda or torch.version.hip is not None:
         return False
     aligned = x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return aligned and weight.data_ptr() % 16 == 0 and torch.cuda.get_device_capability(x.device) == (9, 0)

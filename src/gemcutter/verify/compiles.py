@@ -24,6 +24,7 @@ from gemcutter.ops.attend_decode import launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 from gemcutter.ops.experts import experts_launch
 from gemcutter.ops.linear import linear_launch
+from gemcutter.ops.linear_hopper import stream
 from gemcutter.verify.case import Case
 from gemcutter.verify.cases import all_cases
 from gemcutter.verify.inputs import Kind
@@ -34,24 +35,27 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+HOPPER_ONLY = ("sm_90",)  # of files named so, whose Gluon is written for that card
 MODELS = ("E2B", "26B-A4B")  # which have every form between them; shapes without a model's name are taken too
 MOST_BYTES = 2**28  # of one launch's tensors
 
 
-def launched_kernels(gluon: bool = False) -> set[str]:
-    """Module and name of every kernel that something in `gemcutter.ops` launches, as `name[grid](...)`.
-
-    gluon: those instead that are written for one card alone, which are not compiled here.
-    """
+def launched_kernels() -> set[str]:
+    """Module and name of every kernel that something in `gemcutter.ops` launches, as `name[grid](...)`."""
     found = set()
     for info in pkgutil.iter_modules(ops.__path__):
         module = importlib.import_module(f"{ops.__name__}.{info.name}")
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 kernel = getattr(module, getattr(node.func.value, "id", ""), None)
-                if isinstance(kernel, JITFunction) and kernel.is_gluon() == gluon:
+                if isinstance(kernel, JITFunction):
                     found.add(name_of(kernel))
     return found
+
+
+def targets_of(name: str) -> tuple[str, ...]:
+    """What an op, or a kernel by its module and name, is compiled for."""
+    return HOPPER_ONLY if name.partition(".")[0].endswith("_hopper") else tuple(TARGETS)
 
 
 def name_of(kernel: JITFunction) -> str:
@@ -67,8 +71,9 @@ def launches() -> dict[str, list[Callable[[], object]]]:
             many = max(1, min(1024, MOST_BYTES // case.bytes_moved(1)))
             found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
     found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
+    found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
+    found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
-    found["linear"] = [functools.partial(_linear, rows) for rows in (1, 32, 64)]
     found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
     return found
 
@@ -85,9 +90,13 @@ def _experts(rows: int, count: int = 128, top_k: int = 8, hidden: int = 2816, wi
 
 
 def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:
-    """Rows that no 16-byte load fits, which Hopper's own kernel does not take: the one for every card."""
-    x = torch.empty(rows, depth + 1, dtype=torch.bfloat16)[:, :depth]
-    linear_launch(x, torch.empty(columns, depth, dtype=torch.bfloat16))
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    linear_launch(half(rows, depth), half(columns, depth))
+
+
+def _stream(rows: int, depth: int = 2816, columns: int = 2112) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    stream(half(rows, depth), half(columns, depth), half(rows, columns))
 
 
 def _attend(heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
@@ -126,6 +135,8 @@ def _compile_instead(target: str) -> Iterator[list[tuple[str, CompiledKernel]]]:
     found, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
+        if "CHAINED" in options and TARGETS[target].backend == "cuda":
+            options |= dict(CHAINED=True, launch_pdl=True)  # as on such a card; tensors of a CPU do not say so
         found.append((name_of(self), run(self, *args, grid=grid, warmup=True, **options)))
 
     number = list(TARGETS).index(target)  # Triton keeps its kernels by device
