@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.fused import heads_fuse
 from gemcutter.ops.head_norm import (
     check_heads,
@@ -54,11 +55,13 @@ def k_eq_v_norm_reference(k: torch.Tensor, k_weight: torch.Tensor, eps: float) -
 @triton.jit(do_not_specialize=["num_tokens"])
 def _k_eq_v_norm_kernel(
     k_ptr, weight_ptr, k_normed_ptr, v_ptr, num_tokens, token_stride, head_stride, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    release(CHAINED)
     token, head, real = heads_of(tl.program_id(0), num_tokens, HEADS, ROWS)
-    low, high = load_halves(k_ptr + token * token_stride + head.to(tl.int64) * head_stride, real, D)
     w_low, w_high = load_weight(weight_ptr, ROWS, D)
+    join(CHAINED)
+    low, high = load_halves(k_ptr + token * token_stride + head.to(tl.int64) * head_stride, real, D)
     low, high = norm_halves(low, high, eps, D)
     out = (token * HEADS + head) * D
     store_halves(v_ptr + out, low, high, real, D)
@@ -73,8 +76,9 @@ def k_eq_v_norm_launch(k: torch.Tensor, k_weight: torch.Tensor, eps: float) -> t
     if k.numel():
         tile = head_tile(num_tokens * heads, head_dim)
         _k_eq_v_norm_kernel[(triton.cdiv(num_tokens * heads, tile["ROWS"]),)](
-            k, k_weight, k_normed, v, num_tokens, k.stride(0), k.stride(1), eps, HEADS=heads, D=head_dim, **tile
-        )
+            k, k_weight, k_normed, v, num_tokens, k.stride(0), k.stride(1), eps,
+            HEADS=heads, D=head_dim, **tile, **chained(k),
+        )  # fmt: skip
     return k_normed, v
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.fused import heads_fuse
 from gemcutter.ops.head_norm import (
     check_heads,
@@ -88,29 +89,31 @@ def _each(norm: Callable, q, k, v, q_weight, k_weight, eps) -> None:
 def _qkv_norm_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, num_tokens,
     q_token, q_head, k_token, k_head, v_token, v_head, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Tiles run over q's heads, then k's, then v's. x_token, x_head: strides."""
+    release(CHAINED)
     block = tl.program_id(0)
     q_blocks = tl.cdiv(num_tokens * HEADS, ROWS)
     if block < q_blocks:
         token, head, real = heads_of(block, num_tokens, HEADS, ROWS)
-        _norm_tile(q_ptr + token * q_token + head.to(tl.int64) * q_head, real, q_weight_ptr, eps, ROWS, D)
+        _norm_tile(q_ptr + token * q_token + head.to(tl.int64) * q_head, real, q_weight_ptr, eps, ROWS, D, CHAINED)
     elif KV_HEADS > 0:
         kv_blocks = tl.cdiv(num_tokens * KV_HEADS, ROWS)
         if block < q_blocks + kv_blocks:
             token, head, real = heads_of(block - q_blocks, num_tokens, KV_HEADS, ROWS)
-            _norm_tile(k_ptr + token * k_token + head.to(tl.int64) * k_head, real, k_weight_ptr, eps, ROWS, D)
+            _norm_tile(k_ptr + token * k_token + head.to(tl.int64) * k_head, real, k_weight_ptr, eps, ROWS, D, CHAINED)
         else:
             token, head, real = heads_of(block - q_blocks - kv_blocks, num_tokens, KV_HEADS, ROWS)
-            _norm_tile(v_ptr + token * v_token + head.to(tl.int64) * v_head, real, None, eps, ROWS, D)
+            _norm_tile(v_ptr + token * v_token + head.to(tl.int64) * v_head, real, None, eps, ROWS, D, CHAINED)
 
 
 @triton.jit
-def _norm_tile(ptr, real, weight_ptr, eps, ROWS: tl.constexpr, D: tl.constexpr):
-    low, high = load_halves(ptr, real, D)
+def _norm_tile(ptr, real, weight_ptr, eps, ROWS: tl.constexpr, D: tl.constexpr, CHAINED: tl.constexpr):
     if weight_ptr is not None:
         w_low, w_high = load_weight(weight_ptr, ROWS, D)
+    join(CHAINED)
+    low, high = load_halves(ptr, real, D)
     low, high = norm_halves(low, high, eps, D)
     if weight_ptr is not None:
         low, high = low * w_low, high * w_high
@@ -129,7 +132,7 @@ def qkv_norm_launch(q, k, v, q_weight, k_weight, eps) -> None:
     strides = [stride for x in (q, k, v) for stride in ((0, 0) if x is None else x.stride()[:2])]
     _qkv_norm_kernel[(sum(blocks),)](
         q, k, v, q_weight, k_weight, num_tokens, *strides, eps,
-        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, **tile,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, **tile, **chained(q),
     )  # fmt: skip
     return None
 

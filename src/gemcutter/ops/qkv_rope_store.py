@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.fused import heads_fuse
 from gemcutter.ops.head_norm import head_tile, heads_of, load_halves, load_weight, norm_halves, store_halves
 from gemcutter.ops.library import define
@@ -190,17 +191,19 @@ def _qkv_rope_store_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
     slots_ptr, num_tokens, row_stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ANGLES: tl.constexpr,
-    STORES: tl.constexpr, K_EQ_V: tl.constexpr, ROWS: tl.constexpr,
+    STORES: tl.constexpr, K_EQ_V: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Tiles run over q's heads, then k's, then v's. All loads of a tile are issued before its reduction."""
+    release(CHAINED)
     block = tl.program_id(0)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     q_blocks = tl.cdiv(num_tokens * HEADS, ROWS)
     if block < q_blocks:
         token, head, real = heads_of(block, num_tokens, HEADS, ROWS)
+        w_low, w_high = load_weight(q_norm_ptr, ROWS, D)
+        join(CHAINED)
         position = tl.load(positions_ptr + token, mask=real, other=0)
         low, high = load_halves(qkv_ptr + token * row_stride + head * D, real, D)
-        w_low, w_high = load_weight(q_norm_ptr, ROWS, D)
         cos, sin = _load_turns(cos_ptr, sin_ptr, position, ANGLES, D)
         low, high = norm_halves(low, high, eps, D)
         low, high = _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype)
@@ -210,6 +213,7 @@ def _qkv_rope_store_kernel(
         is_key = block < q_blocks + kv_blocks
         first = q_blocks + tl.where(is_key, 0, kv_blocks)
         token, head, real = heads_of(block - first, num_tokens, KV_HEADS, ROWS)
+        join(CHAINED)
         slot = tl.load(slots_ptr + token, mask=real, other=0)
         target = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D
         column = (HEADS + tl.where(is_key, 0, KV_HEADS) + head) * D
@@ -247,7 +251,8 @@ def qkv_rope_store_launch(
     _qkv_rope_store_kernel[(q_blocks + parts * kv_blocks,)](
         qkv, q_norm, k_norm, cos, sin, positions, q, k_cache, v_cache, slots, num_tokens, qkv.stride(0), eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, PAGE=1 if k_cache is None else k_cache.shape[2],
-        D=head_dim, ANGLES=cos.shape[1], STORES=parts > 0, K_EQ_V=mode is QkvMode.Q_KEQV, **tile,
+        D=head_dim, ANGLES=cos.shape[1], STORES=parts > 0, K_EQ_V=mode is QkvMode.Q_KEQV,
+        **tile, **chained(qkv),
     )  # fmt: skip
     return q
 

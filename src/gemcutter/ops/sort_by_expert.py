@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 
 SPAN = tl.constexpr(4096)  # slots that one launch sorts
@@ -62,9 +63,12 @@ def sort_by_expert_reference(ids: torch.Tensor, num_experts: int) -> tuple[torch
 
 @triton.jit(do_not_specialize=["slots"])
 def _rank_kernel(
-    ids_ptr, order_ptr, starts_ptr, slots, E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+    ids_ptr, order_ptr, starts_ptr, slots,
+    E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Queries: the keys of all slots, then (e, 0) for e to E; the place of each is the number of smaller keys."""
+    release(CHAINED)
+    join(CHAINED)
     slot = tl.arange(0, KEYS)
     ids = tl.load(ids_ptr + slot, mask=slot < slots, other=E).to(tl.int32)
     key = ids * SPAN + slot  # padding sorts behind every query
@@ -79,8 +83,13 @@ def _rank_kernel(
 
 
 @triton.jit(do_not_specialize=["slots", "chunk"])
-def _count_kernel(ids_ptr, counts_ptr, slots, chunk, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def _count_kernel(
+    ids_ptr, counts_ptr, slots, chunk,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     """counts[p, e]: slots of expert e in chunk p, which is so many blocks."""
+    release(CHAINED)
+    join(CHAINED)
     begin = tl.program_id(0) * chunk
     expert = tl.arange(0, E_BLOCK)
     counts = tl.zeros([E_BLOCK], tl.int32)
@@ -94,9 +103,11 @@ def _count_kernel(ids_ptr, counts_ptr, slots, chunk, E: tl.constexpr, E_BLOCK: t
 @triton.jit(do_not_specialize=["slots", "chunk", "chunks"])
 def _place_kernel(
     ids_ptr, counts_ptr, order_ptr, starts_ptr, slots, chunk, chunks,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program p places the slots of its chunk; the first one writes `starts` as well."""
+    release(CHAINED)
+    join(CHAINED)
     mine = tl.program_id(0)
     expert = tl.arange(0, E_BLOCK)
     before = tl.zeros([E_BLOCK], tl.int32)
@@ -135,8 +146,9 @@ def sort_by_expert_launch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Te
         keys = 1024 if slots <= 1024 else SPAN.value
         queries = 16
         _rank_kernel[(triton.cdiv(slots + num_experts + 1, queries),)](
-            ids, order, starts, slots, E=num_experts, QUERIES=queries, KEYS=keys, num_warps=4 if keys == 1024 else 8
-        )
+            ids, order, starts, slots,
+            E=num_experts, QUERIES=queries, KEYS=keys, num_warps=4 if keys == 1024 else 8, **chained(ids),
+        )  # fmt: skip
         return order, starts
     block = 256
     chunk = triton.cdiv(triton.cdiv(slots, _CHUNKS), block) * block
@@ -144,7 +156,7 @@ def sort_by_expert_launch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Te
     counts = torch.empty(chunks, num_experts, dtype=torch.int32, device=ids.device)
     # A power of two from 16: smaller histograms are not compiled everywhere.
     e_block = max(16, triton.next_power_of_2(num_experts))
-    shape = dict(E=num_experts, E_BLOCK=e_block, BLOCK=block, num_warps=8)
+    shape = dict(E=num_experts, E_BLOCK=e_block, BLOCK=block, num_warps=8, **chained(ids))
     _count_kernel[(chunks,)](ids, counts, slots, chunk, **shape)
     _place_kernel[(chunks,)](
         ids, counts, order, starts, slots, chunk, chunks, ROWS=max(1, 8192 // e_block), **shape
