@@ -2,25 +2,28 @@
 
 Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`); down = linear; * weight in
 float; each rounded to the dtype. A token's slots are then added in ascending expert id, rounded after each.
-Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits.
+Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits, were its products
+made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
 
 On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N]
-activations, a second one the [slots, H] outputs, and a last kernel adds them up. Grids are bounded by the number
-of slots alone, so nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other
-row, nor on how many share its expert: every tile walks K in the same steps, into one accumulator a row.
+activations, a second one the [slots, H] outputs, and a last kernel adds them up. Many tokens on Hopper go through
+the products of `experts_hopper.py`, which have the same bits. Grids are bounded by the number of slots alone, so
+nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other row, nor on how many
+share its expert: every tile walks K in the same steps, into one accumulator a row.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.experts_hopper import grouped_experts, groups
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
 from gemcutter.ops.library import define
+from gemcutter.ops.linear import linear_reference
 from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
 
 
@@ -74,7 +77,8 @@ def experts_reference(
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for expert in ids.unique().tolist():  # ascending
         slot, token = torch.where(ids.T == expert)
-        y = F.linear(geglu_reference(F.linear(x[token], gate_up[expert])), down[expert])
+        activated = geglu_reference(linear_reference(x[token], gate_up[expert]))
+        y = linear_reference(activated, down[expert])
         out.index_add_(0, token, (y * weights[token, slot, None]).to(x.dtype))
     return out
 
@@ -226,6 +230,21 @@ def experts_launch(
     if num_slots == 0:
         return out.zero_()
     order, starts = sort_by_expert(ids, num_experts)
+    if groups(x, num_slots, num_experts, width):
+        slots = grouped_experts(x, order, starts, gate_up, down, top_k)
+    else:
+        slots = _slots(x, order, starts, gate_up, down, top_k)
+    columns = 1024
+    _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
+        slots, ids, weights, out,
+        H=hidden, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=columns, num_warps=4, **chained(x),
+    )  # fmt: skip
+    return out
+
+
+def _slots(x, order, starts, gate_up, down, top_k) -> torch.Tensor:
+    """Each slot's expert MLP [slots, H], before its weight."""
+    num_slots, (num_experts, hidden, width) = len(order), down.shape
     activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
     slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
     up_tile, down_tile = tiles_for(x.dtype, num_slots, num_experts)
@@ -233,26 +252,13 @@ def experts_launch(
     row_tiles = (num_slots + min(num_experts, num_slots) * (up_tile.block_m - 1)) // up_tile.block_m
     shape = dict(E=num_experts, E_BLOCK=triton.next_power_of_2(num_experts), H=hidden, N=width)
     _up_kernel[(row_tiles * triton.cdiv(width, up_tile.block_n),)](
-        x,
-        order,
-        starts,
-        gate_up,
-        activated,
-        x.stride(0),
-        TOP_K=top_k,
-        **shape,
-        **_launch_options(up_tile),
-        **chained(x),
-    )
+        x, order, starts, gate_up, activated, x.stride(0),
+        TOP_K=top_k, **shape, **_launch_options(up_tile), **chained(x),
+    )  # fmt: skip
     _down_kernel[(row_tiles * triton.cdiv(hidden, down_tile.block_n),)](
         activated, order, starts, down, slots, **shape, **_launch_options(down_tile), **chained(x)
     )
-    columns = 1024
-    _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
-        slots, ids, weights, out,
-        H=hidden, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=columns, num_warps=4, **chained(x),
-    )  # fmt: skip
-    return out
+    return slots
 
 
 def _launch_options(tile: Tile) -> dict[str, int]:

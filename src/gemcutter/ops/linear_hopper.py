@@ -93,7 +93,7 @@ def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     (tokens, depth), columns = x.shape, weight.shape[0]
     block_t, block_k, stages = stream_tile(tokens)
     _stream_kernel[(triton.cdiv(columns, ROWS),)](
-        _descriptor(weight, [ROWS, block_k]), _descriptor(x, [block_t, block_k]), out, tokens,
+        descriptor(weight, [ROWS, block_k]), descriptor(x, [block_t, block_k]), out, tokens,
         N=columns, K=depth, ROWS=ROWS, BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
@@ -106,6 +106,7 @@ def stream_tile(tokens: int) -> tuple[int, int, int]:
     return (32, 128, 8) if tokens <= 32 else (64, 128, 6)
 
 
-def _descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """For loads of [rows, columns] blocks by TMA; what lies outside the matrix reads as zeros."""
     dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

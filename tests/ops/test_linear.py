@@ -1,0 +1,95 @@
+"""Linear: rows that do not know each other, whatever kernel they go through."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gemcutter.ops.linear import MOST_STREAMED, linear, linear_launch, linear_reference
+from gemcutter.ops.linear_hopper import streams
+
+# Weights [N, K] of released layers: qkv, o, gate and up, down, router; the longest sums; odd ones of small models.
+SHAPES = [(8192, 2816), (2816, 8192), (4224, 2816), (2816, 2112), (128, 2816), (5376, 21504), (2560, 10240)]
+SMALL = [(576, 192), (256, 256), (70, 100), (33, 24)]
+
+
+def case(rows: int, columns: int, depth: int, dtype, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(rows)
+    x = torch.randn(rows, depth, generator=generator, device=device).to(dtype)
+    return x, (torch.randn(columns, depth, generator=generator, device=device) * depth**-0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_is_a_linear_layer(rows, dtype):
+    x, weight = case(rows, 70, 96, dtype)
+    want = x.double() @ weight.double().T
+    torch.testing.assert_close(
+        linear(x, weight).double(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
+    )
+    strided = x.repeat(1, 2)[:, :96] if rows else x  # opcheck cannot copy an empty strided tensor
+    torch.library.opcheck(torch.ops.gemcutter.linear.default, (strided, weight))
+
+
+def test_refusals():
+    x, weight = case(3, 16, 32, torch.bfloat16)
+    for arguments, error, message in (
+        ((x.double(), weight), TypeError, "x is torch.float64"),
+        ((x[0], weight), ValueError, "two dims"),
+        ((x, weight[:, :24]), ValueError, "weight has rows of 24: 32 are needed"),
+        ((x, weight.float()), TypeError, "both must agree"),
+        ((x, weight.repeat(1, 2)[:, :32]), ValueError, "must be dense"),
+    ):
+        with pytest.raises(error, match=message):
+            linear(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gpu_rows_do_not_know_each_other(shape):
+    """The kernel of few rows, cuBLASLt for many: one row's bits, alone and among up to 2048."""
+    x, weight = case(2048, *shape, torch.bfloat16, "cuda")
+    crowd = linear(x, weight)
+    want = (x.double() @ weight.double().T).to(torch.bfloat16)
+    assert (crowd.float() - want.float()).norm() <= 3e-3 * want.float().norm()
+    for rows in (1, 2, 3, 16, 17, 32, 33, MOST_STREAMED, MOST_STREAMED + 1, 100, 255, 256, 257, 1000):
+        begin = 2048 - rows
+        wrong = (linear(x[begin:], weight) != crowd[begin:]).sum().item()
+        assert not wrong, f"{wrong} elements of {rows} rows depend on their company"
+    alone = torch.cat([linear(x[i : i + 1], weight) for i in range(0, 2048, 97)])
+    assert torch.equal(alone, crowd[::97])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_gpu_small_and_odd_shapes(shape, dtype):
+    """Where TMA cannot load, the plain kernel streams; float32 always goes through it."""
+    x, weight = case(300, *shape, dtype, "cuda")
+    crowd = linear(x, weight)
+    want = x.double() @ weight.double().T
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    assert (crowd.double() - want).norm() <= bound * want.norm()
+    for rows in (0, 1, 5, 20, 64, 65, 128):
+        assert torch.equal(linear(x[:rows], weight), crowd[:rows]), rows
+    wide = torch.cat([x, torch.full_like(x, float("nan"))], 1)[:, : shape[1]]
+    assert torch.equal(linear(wide[:9], weight), crowd[:9])
+
+
+@pytest.mark.gpu
+def test_gpu_both_kernels_have_the_bits_of_cublas_without_a_split():
+    x, weight = case(64, 2816, 4096, torch.bfloat16, "cuda")
+    assert torch.cuda.get_device_capability() != (9, 0) or streams(x, weight)
+    odd = torch.empty(64, 4097, dtype=x.dtype, device="cuda")[:, :4096].copy_(x)  # rows that TMA does not take
+    assert not streams(odd, weight)
+    want = linear_reference(x, weight)
+    assert torch.equal(linear_launch(x, weight), want) and torch.equal(linear_launch(odd, weight), want)
+
+
+@pytest.mark.gpu
+def test_gpu_leaves_pytorchs_settings_as_they_were():
+    x, weight = case(200, 128, 256, torch.bfloat16, "cuda")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, torch.backends.cuda.preferred_blas_library()
+    linear(x, weight)
+    assert before == (matmul.allow_bf16_reduced_precision_reduction, torch.backends.cuda.preferred_blas_library())
+    assert F.linear(x, weight).shape == (200, 128)
