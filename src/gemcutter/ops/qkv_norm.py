@@ -102,7 +102,9 @@ def _qkv_norm_kernel(
         kv_blocks = tl.cdiv(num_tokens * KV_HEADS, ROWS)
         if block < q_blocks + kv_blocks:
             token, head, real = heads_of(block - q_blocks, num_tokens, KV_HEADS, ROWS)
-            _norm_tile(k_ptr + token * k_token + head.to(tl.int64) * k_head, real, k_weight_ptr, eps, ROWS, D, CHAINED)
+            _norm_tile(
+                k_ptr + token * k_token + head.to(tl.int64) * k_head, real, k_weight_ptr, eps, ROWS, D, CHAINED
+            )
         else:
             token, head, real = heads_of(block - q_blocks - kv_blocks, num_tokens, KV_HEADS, ROWS)
             _norm_tile(v_ptr + token * v_token + head.to(tl.int64) * v_head, real, None, eps, ROWS, D, CHAINED)

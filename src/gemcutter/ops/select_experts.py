@@ -22,9 +22,12 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from gemcutter.ops.arguments import FLOATS, check_matrix
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 
 LANES = tl.constexpr(32)
+ID_BITS, ID_MASK = tl.constexpr(10), tl.constexpr(1023)
+PADDING = tl.constexpr(0xFFFF)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
 
@@ -73,81 +76,128 @@ def select_experts_reference(
 
 
 @triton.jit
-def _sum_of_lanes(x, lane):
-    """Every lane gets the sum of all, added across distances 16, 8, 4, 2, 1."""
-    for step in tl.static_range(5):
-        x += tl.gather(x, lane ^ (16 >> step), 0)
+def _sum_of_lanes(x, lane, WIDTH: tl.constexpr):
+    """The first WIDTH lanes, a power of two, get their sum, added across distances WIDTH / 2 ... 4, 2, 1."""
+    for log_distance in tl.static_range(4, -1, -1):
+        if (1 << log_distance) < WIDTH:
+            x += tl.gather(x, lane ^ (1 << log_distance), 0)
     return x
 
 
 @triton.jit
-def _rank_as_gathered(key, ids, lane, E: tl.constexpr, TOP_K: tl.constexpr):
-    """Reorder keys and ids by id, those equal to the last key behind the others."""
-    last = tl.min(tl.where(lane < TOP_K, key, 0x7FFFFFFF), axis=0)
-    place = tl.where(lane >= TOP_K, 2 * E + lane, tl.where(key > last, ids, E + ids))
-    rank, source = tl.zeros([LANES], tl.int32), lane
-    for other in tl.static_range(TOP_K):
-        rank += (tl.max(tl.where(lane == other, place, -1), axis=0) < place).to(tl.int32)
-    for other in tl.static_range(TOP_K):
-        source = tl.where(lane == tl.max(tl.where(lane == other, rank, -1), axis=0), other, source)
-    return tl.gather(key, source, 0), tl.gather(ids, source, 0)
+def _as_ordered(bits):
+    """A float's bits as an integer that orders like the float, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _sort_as_network(key, ids, lane):
-    """Bitonic network, descending: a pair in the wrong order is exchanged, and in descending runs an equal one."""
+def _greatest(parts, COUNT: tl.constexpr):
+    best = parts[0]
+    for i in tl.static_range(1, COUNT):
+        best = tl.maximum(best, parts[i])
+    return best
+
+
+@triton.jit
+def _order_as_gathered(entry, ids, lane, last, E: tl.constexpr, WIDTH: tl.constexpr):
+    """Entries in the order of their ids, those of the last rank behind the others, padding behind all."""
+    place = tl.where(entry >> ID_BITS >= last, E, 0) + ids
+    place = tl.where(entry == PADDING, 2 * E + lane, place)
+    rank = tl.zeros([LANES], tl.int32)
+    for distance in tl.static_range(1, WIDTH):
+        rank += (tl.gather(place, lane ^ distance, 0) < place).to(tl.int32)
+    sent = (rank << 16) | entry
+    received = sent
+    for distance in tl.static_range(1, WIDTH):
+        other = tl.gather(sent, lane ^ distance, 0)
+        received = tl.where(other >> 16 == lane, other, received)
+    return received & 0xFFFF
+
+
+@triton.jit
+def _sort_as_network(entry, lane, WIDTH: tl.constexpr):
+    """Bitonic network of 32 places by rank: a pair in the wrong order is exchanged, and in runs of rising ranks an
+    equal one. Across WIDTH and more, the first WIDTH places meet padding alone and stay."""
     for log_size in tl.static_range(1, 6):
         for step in tl.static_range(log_size):
             distance = 1 << (log_size - 1 - step)
-            other, other_id = tl.gather(key, lane ^ distance, 0), tl.gather(ids, lane ^ distance, 0)
-            is_first = (lane & distance) == 0
-            greater = tl.where(is_first, key > other, other > key)
-            ascending = (lane & (1 << log_size) & (LANES - 1)) != 0
-            exchange = greater == ascending
-            key, ids = tl.where(exchange, other, key), tl.where(exchange, other_id, ids)
-    return key, ids
+            if distance < WIDTH:
+                other = tl.gather(entry, lane ^ distance, 0)
+                is_first = (lane & distance) == 0
+                first, second = tl.where(is_first, entry, other), tl.where(is_first, other, entry)
+                falling = (lane & (1 << log_size) & (WIDTH - 1)) != 0
+                exchange = (first >> ID_BITS < second >> ID_BITS) == falling
+                entry = tl.where(exchange, other, entry)
+    return entry
 
 
 @triton.jit
 def _select_kernel(
     logits_ptr, scale_ptr, ids_ptr, weights_ptr, row_stride,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr,
+    E: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, on one warp."""
+    """One row a program, on one warp. Part i of the row holds experts 32 i + lane.
+
+    An entry is a chosen expert: rank << ID_BITS | id, where equal probabilities share a rank, 0 the highest.
+    """
+    release(CHAINED)
+    PARTS: tl.constexpr = (E + LANES - 1) // LANES
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
-    expert, lane = tl.arange(0, E_BLOCK), tl.arange(0, LANES)
-    x = tl.load(logits_ptr + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, axis=0)
+    lane = tl.arange(0, LANES)
+    scales = ()
+    for i in tl.static_range(PARTS):
+        scales += (tl.load(scale_ptr + lane + i * LANES, mask=lane + i * LANES < E, other=0.0),)
+    join(CHAINED)
+    x, order = (), ()
+    for i in tl.static_range(PARTS):
+        expert = lane + i * LANES
+        part = tl.load(logits_ptr + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
+        x += (part,)
+        order += (_as_ordered(part.to(tl.int32, bitcast=True)),)
 
-    # The row once more by lanes, which fixes the order of their sums; it comes from the cache.
-    total = tl.zeros([LANES], tl.float32)
-    for begin in tl.static_range(0, E_BLOCK, LANES):
-        part = tl.load(logits_ptr + begin + lane, mask=begin + lane < E, other=float("-inf")).to(tl.float32)
-        total += libdevice.exp(part - top)
-    total = tl.max(_sum_of_lanes(total, lane), axis=0)  # equal in all lanes
+    # Of integers, since a warp has an instruction for their greatest.
+    top = _as_ordered(tl.max(_greatest(order, PARTS), axis=0)).to(tl.float32, bitcast=True)
+    powers, total = (), tl.zeros([LANES], tl.float32)
+    for i in tl.static_range(PARTS):
+        powers += (libdevice.exp(x[i] - top),)
+        total += powers[i]
+    total = _sum_of_lanes(total, lane, LANES)  # equal in all lanes
 
     # Probabilities are not negative: their bits order like them. All NaN are one value.
-    p = tl.div_rn(libdevice.exp(x - top), total)
-    left = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)
-    left = tl.where(expert < E, left, -1)
-    key, ids = tl.full([LANES], -1, tl.int32), tl.zeros([LANES], tl.int32)
+    left = ()
+    for i in tl.static_range(PARTS):
+        p = tl.div_rn(powers[i], total)
+        bits = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)
+        left += (tl.where(lane + i * LANES < E, bits, -1),)
+    key, entry = tl.full([LANES], 0, tl.int32), tl.full([LANES], PADDING, tl.int32)
+    rank, before = -1, -1
     for place in range(TOP_K):
-        best = tl.max(left, axis=0)
-        chosen = tl.min(tl.where(left == best, expert, E_BLOCK), axis=0)
-        left = tl.where(expert == chosen, -1, left)
-        key, ids = tl.where(lane == place, best, key), tl.where(lane == place, chosen, ids)
+        best = tl.max(_greatest(left, PARTS), axis=0)
+        candidate = tl.full([LANES], E, tl.int32)
+        for i in tl.static_range(PARTS - 1, -1, -1):
+            candidate = tl.where(left[i] == best, lane + i * LANES, candidate)
+        chosen = tl.min(candidate, axis=0)
+        rest = ()
+        for i in tl.static_range(PARTS):
+            rest += (tl.where(lane + i * LANES == chosen, -1, left[i]),)
+        left = rest
+        rank += (best != before).to(tl.int32)
+        before = best
+        key = tl.where(lane == place, best, key)
+        entry = tl.where(lane == place, (rank << ID_BITS) | chosen, entry)
+
+    if rank < TOP_K - 1:  # some are equal; sorted by rank, entries move and probabilities stay
+        entry = _order_as_gathered(entry, entry & ID_MASK, lane, rank, E, WIDTH)
+        entry = _sort_as_network(entry, lane, WIDTH)
+    ids = entry & ID_MASK
 
     inside = lane < TOP_K
-    if TOP_K > 1:
-        follower = tl.gather(key, (lane + 1) % LANES, 0)
-        if tl.max(((key == follower) & (lane + 1 < TOP_K)).to(tl.int32), axis=0) > 0:
-            key, ids = _rank_as_gathered(key, ids, lane, E, TOP_K)
-            key, ids = _sort_as_network(key, ids, lane)
-
-    weight = tl.where(inside, key.to(tl.float32, bitcast=True), 0.0)
-    weight = tl.div_rn(weight, _sum_of_lanes(weight, lane))
-    scale = tl.load(scale_ptr + ids, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.zeros([LANES], tl.float32)
+    for i in tl.static_range(PARTS):
+        scale = tl.where(ids // LANES == i, tl.gather(scales[i].to(tl.float32), ids % LANES, 0), scale)
+    weight = key.to(tl.float32, bitcast=True)
+    weight = tl.div_rn(weight, _sum_of_lanes(weight, lane, WIDTH))
     tl.store(ids_ptr + row * TOP_K + lane, ids.to(tl.int64), mask=inside)
     tl.store(weights_ptr + row * TOP_K + lane, weight * scale, mask=inside)
 
@@ -161,8 +211,8 @@ def select_experts_launch(
     if tokens:
         _select_kernel[(tokens,)](
             logits, per_expert_scale, ids, weights, logits.stride(0),
-            E=num_experts, E_BLOCK=max(triton.next_power_of_2(num_experts), LANES.value), TOP_K=top_k,
-            num_warps=1, enable_fp_fusion=False,
+            E=num_experts, TOP_K=top_k, WIDTH=triton.next_power_of_2(top_k),
+            num_warps=1, enable_fp_fusion=False, **chained(logits),
         )  # fmt: skip
     return ids, weights
 
