@@ -53,7 +53,7 @@ class EngineConfig:
         None, "tokens the full-attention cache holds; default: what memory allows"
     )
     page_size: int = option(16, "tokens per KV page; a power of two")
-    chunked_prefill_size: int = option(2048, "tokens of one prompt prefilled in one step")
+    chunked_prefill_size: int = option(8192, "tokens of one prompt prefilled in one step")
     max_prefill_tokens: int = option(8192, "prompt tokens of all requests prefilled in one step")
     max_running_requests: int | None = option(None, "requests in a step; default: 128 on a GPU, 16 on a CPU")
     cuda_graph_max_bs: int | None = option(None, "largest decode batch captured as a CUDA graph; default: all")
