@@ -22,6 +22,7 @@ PARTS = {
     "linear": Part.LINEARS,
     "linear_hopper": Part.LINEARS,
     "experts": Part.EXPERTS,
+    "experts_hopper": Part.EXPERTS,
     "attend": Part.ATTENTION,
     "attend_decode": Part.ATTENTION,
     "attend_prefill": Part.ATTENTION,
