@@ -122,12 +122,12 @@ def _sort_as_network(entry, lane, WIDTH: tl.constexpr):
         for step in tl.static_range(log_size):
             distance = 1 << (log_size - 1 - step)
             if distance < WIDTH:
-                other = tl.gather(entry, lane ^ distance, 0)
                 is_first = (lane & distance) == 0
-                first, second = tl.where(is_first, entry, other), tl.where(is_first, other, entry)
                 falling = (lane & (1 << log_size) & (WIDTH - 1)) != 0
-                exchange = (first >> ID_BITS < second >> ID_BITS) == falling
-                entry = tl.where(exchange, other, entry)
+                # Ready when the shuffle is. An other above it: the first has the lower rank, the second not.
+                bound = (entry | ID_MASK) - tl.where(is_first, 0, ID_MASK + 1)
+                other = tl.gather(entry, lane ^ distance, 0)
+                entry = tl.where((other > bound) == (is_first == falling), other, entry)
     return entry
 
 
@@ -175,8 +175,8 @@ def _select_kernel(
     for place in range(TOP_K):
         best = tl.max(_greatest(left, PARTS), axis=0)
         candidate = tl.full([LANES], E, tl.int32)
-        for i in tl.static_range(PARTS - 1, -1, -1):
-            candidate = tl.where(left[i] == best, lane + i * LANES, candidate)
+        for i in tl.static_range(PARTS):
+            candidate = tl.minimum(candidate, tl.where(left[i] == best, lane + i * LANES, E))
         chosen = tl.min(candidate, axis=0)
         rest = ()
         for i in tl.static_range(PARTS):

@@ -3,10 +3,10 @@
 Stable: slots of one expert stay in order, so that a token's place depends on the ids alone. Slot i is the i-th of
 the flattened [T, k] ids, which is token i // k.
 
-Up to 4096 slots (decoding) one launch: the key (expert, slot) is unique, and the place of a slot is the number of
-smaller keys. That is slots^2 comparisons, 16.8 million at most, spread over the whole GPU without one barrier, and
-`starts` is the same count for the keys (expert, 0). Beyond, where the square would grow, two launches: how often
-each expert occurs in each chunk of the slots; then each chunk adds up those before it and counts within itself.
+Up to 1024 slots (decoding) one launch: the key (expert, slot) is unique, and the place of a slot is the number of
+smaller keys. That is slots^2 comparisons, a million at most, spread over the whole GPU, and `starts` is the same
+count for the keys (expert, 0). Beyond, where the square would grow, three launches: how often each expert occurs in
+each block of 128 slots; these counts added up from block to block; then each block counts within itself.
 """
 
 import torch
@@ -16,9 +16,8 @@ import triton.language as tl
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 
-SPAN = tl.constexpr(4096)  # slots that one launch sorts
+SPAN = tl.constexpr(1024)  # slots that one launch sorts
 MAX_EXPERTS = 1024
-_CHUNKS = 128  # at most so many: each reads the counts of all
 
 
 def sort_by_expert(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +60,16 @@ def sort_by_expert_reference(ids: torch.Tensor, num_experts: int) -> tuple[torch
     return order.to(torch.int32), torch.searchsorted(ids, edges, out_int32=True)
 
 
+@triton.jit
+def _count_smaller(keys, queries):
+    """For each query the number of smaller keys, whose differences fit in 32 bits: their signs, added up.
+
+    A comparison takes 2 instructions so, and 2.75 as one. Along axis 0, which a thread adds up by itself.
+    """
+    sign = (keys[:, None] - queries[None, :]).to(tl.uint32, bitcast=True) >> 31
+    return tl.sum(sign.to(tl.int32, bitcast=True), axis=0)
+
+
 @triton.jit(do_not_specialize=["slots"])
 def _rank_kernel(
     ids_ptr, order_ptr, starts_ptr, slots,
@@ -77,90 +86,97 @@ def _rank_kernel(
     expert = at - slots
     query = tl.load(ids_ptr + at, mask=is_slot, other=0).to(tl.int32) * SPAN + at
     query = tl.where(is_slot, query, expert * SPAN)
-    place = tl.sum((key[:, None] < query[None, :]).to(tl.int32), axis=0)
+    place = _count_smaller(key, query)
     tl.store(order_ptr + place, at, mask=is_slot)
     tl.store(starts_ptr + expert, place, mask=(expert >= 0) & (expert <= E))
 
 
-@triton.jit(do_not_specialize=["slots", "chunk"])
+@triton.jit(do_not_specialize=["slots"])
 def _count_kernel(
-    ids_ptr, counts_ptr, slots, chunk,
+    ids_ptr, counts_ptr, slots, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+):  # fmt: skip
+    """counts[p, e]: slots of expert e in block p."""
+    release(CHAINED)
+    join(CHAINED)
+    block, expert = tl.program_id(0), tl.arange(0, E_BLOCK)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    counts = tl.histogram(tl.load(ids_ptr + slot, mask=inside, other=0).to(tl.int32), E_BLOCK, mask=inside)
+    tl.store(counts_ptr + block.to(tl.int64) * E + expert, counts, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _scan_kernel(
+    counts_ptr, blocks, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHAINED: tl.constexpr
+):  # fmt: skip
+    """counts[p, e]: slots of expert e in the blocks ahead of p; in the row behind the last, in all."""
+    release(CHAINED)
+    join(CHAINED)
+    expert = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([COLS], tl.int32)
+    for first in range(0, blocks, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at = counts_ptr + row.to(tl.int64) * E + expert[None, :]
+        inside = (row < blocks) & (expert < E)[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=inside)
+        total += tl.sum(counts, axis=0)
+    tl.store(counts_ptr + tl.cast(blocks, tl.int64) * E + expert, total, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["slots", "blocks"])
+def _place_kernel(
+    ids_ptr, counts_ptr, order_ptr, starts_ptr, slots, blocks,
     E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """counts[p, e]: slots of expert e in chunk p, which is so many blocks."""
+    """Program p places the slots of its block; the first one writes `starts` as well.
+
+    The place of a slot: slots of lower experts, those of its own in the blocks ahead and in its own block. The
+    number of smaller keys (expert, slot) in its block counts the last, and lower experts' there once more.
+    """
     release(CHAINED)
     join(CHAINED)
-    begin = tl.program_id(0) * chunk
-    expert = tl.arange(0, E_BLOCK)
-    counts = tl.zeros([E_BLOCK], tl.int32)
-    for first in range(0, chunk, BLOCK):
-        slot = begin + first + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + slot, mask=slot < slots, other=E).to(tl.int32)
-        counts += tl.histogram(ids, E_BLOCK, mask=slot < slots)
-    tl.store(counts_ptr + tl.program_id(0) * E + expert, counts, mask=expert < E)
-
-
-@triton.jit(do_not_specialize=["slots", "chunk", "chunks"])
-def _place_kernel(
-    ids_ptr, counts_ptr, order_ptr, starts_ptr, slots, chunk, chunks,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    """Program p places the slots of its chunk; the first one writes `starts` as well."""
-    release(CHAINED)
-    join(CHAINED)
-    mine = tl.program_id(0)
-    expert = tl.arange(0, E_BLOCK)
-    before = tl.zeros([E_BLOCK], tl.int32)
-    total = tl.zeros([E_BLOCK], tl.int32)
-    for first in range(0, chunks, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < chunks)[:, None] & (expert < E)[None, :]
-        counts = tl.load(counts_ptr + row[:, None] * E + expert[None, :], mask=inside, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((row < mine)[:, None], counts, 0), axis=0)
-    stops = tl.cumsum(total, axis=0)
-    if mine == 0:
-        tl.store(starts_ptr + expert, stops - total, mask=expert < E)
+    block, expert, lane = tl.program_id(0), tl.arange(0, E_BLOCK), tl.arange(0, BLOCK)
+    slot = block * BLOCK + lane
+    inside = slot < slots
+    ids = tl.load(ids_ptr + slot, mask=inside, other=E).to(tl.int32)
+    row = counts_ptr + block.to(tl.int64) * E + expert
+    ahead = tl.load(row, mask=expert < E, other=0)
+    here = tl.load(row + E, mask=expert < E, other=0) - ahead
+    total = tl.load(counts_ptr + tl.cast(blocks, tl.int64) * E + expert, mask=expert < E, other=0)
+    elsewhere = total - here
+    start = tl.cumsum(elsewhere, axis=0) - elsewhere + ahead
+    key = ids * BLOCK + lane
+    place = tl.gather(start, tl.where(inside, ids, 0), 0) + _count_smaller(key, key)
+    tl.store(order_ptr + place, slot, mask=inside)
+    if block == 0:
+        tl.store(starts_ptr + expert, tl.cumsum(total, axis=0) - total, mask=expert < E)
         tl.store(starts_ptr + E, slots)
-    next_place = stops - total + before
-
-    lane = tl.arange(0, BLOCK)
-    for first in range(0, chunk, BLOCK):
-        slot = mine * chunk + first + lane
-        inside = slot < slots
-        ids = tl.load(ids_ptr + slot, mask=inside, other=E).to(tl.int32)
-        # Lanes ahead with the same expert, of the keys ids * BLOCK + lane: one difference, one comparison. Along
-        # axis 0, which a thread adds up by itself.
-        ahead = (ids * BLOCK + lane)[:, None] - (ids * BLOCK)[None, :]
-        rank = tl.sum((ahead.to(tl.uint32, bitcast=True) < lane.to(tl.uint32)[None, :]).to(tl.int32), axis=0)
-        place = tl.gather(next_place, tl.where(inside, ids, 0), 0) + rank
-        tl.store(order_ptr + place, slot, mask=inside)
-        next_place += tl.histogram(ids, E_BLOCK, mask=inside)
 
 
 def sort_by_expert_launch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     slots = ids.numel()
     order = torch.empty(slots, dtype=torch.int32, device=ids.device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=ids.device)
+    chain = chained(ids)
     if slots <= SPAN.value:
-        keys = 1024 if slots <= 1024 else SPAN.value
         queries = 16
         _rank_kernel[(triton.cdiv(slots + num_experts + 1, queries),)](
             ids, order, starts, slots,
-            E=num_experts, QUERIES=queries, KEYS=keys, num_warps=4 if keys == 1024 else 8, **chained(ids),
+            E=num_experts, QUERIES=queries, KEYS=512 if slots <= 512 else SPAN.value, num_warps=4, **chain,
         )  # fmt: skip
         return order, starts
-    block = 256
-    chunk = triton.cdiv(triton.cdiv(slots, _CHUNKS), block) * block
-    chunks = triton.cdiv(slots, chunk)
-    counts = torch.empty(chunks, num_experts, dtype=torch.int32, device=ids.device)
+    block, cols = 128, 4
+    blocks = triton.cdiv(slots, block)
+    counts = torch.empty(blocks + 1, num_experts, dtype=torch.int32, device=ids.device)
     # A power of two from 16: smaller histograms are not compiled everywhere.
-    e_block = max(16, triton.next_power_of_2(num_experts))
-    shape = dict(E=num_experts, E_BLOCK=e_block, BLOCK=block, num_warps=8, **chained(ids))
-    _count_kernel[(chunks,)](ids, counts, slots, chunk, **shape)
-    _place_kernel[(chunks,)](
-        ids, counts, order, starts, slots, chunk, chunks, ROWS=max(1, 8192 // e_block), **shape
+    shape = dict(E=num_experts, E_BLOCK=max(16, triton.next_power_of_2(num_experts)), BLOCK=block, num_warps=4)
+    rows = min(1024, triton.next_power_of_2(blocks))
+    _count_kernel[(blocks,)](ids, counts, slots, **shape, **chain)
+    _scan_kernel[(triton.cdiv(num_experts, cols),)](
+        counts, blocks, E=num_experts, ROWS=rows, COLS=cols, num_warps=4, **chain
     )
+    _place_kernel[(blocks,)](ids, counts, order, starts, slots, blocks, **shape, **chain)
     return order, starts
 
 
