@@ -108,18 +108,18 @@ def _merge_kernel(
     tl.store(out_ptr + head * D + dims, acc.to(out_ptr.dtype.element_ty))
 
 
-def decode_tile(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """Tile and launch sizes, a function of dtype and head_dim only.
+def decode_tile(dtype: torch.dtype, head_dim: int, num_seqs: int) -> dict[str, int]:
+    """Tile and launch sizes: the tile a function of dtype and head_dim only, since it orders a row's sums.
 
-    32 KiB of keys and values a buffer, so that three programs share an SM and cover one another's waits.
-    Triton makes (num_stages - 1) / 2 buffers here: half the stages go to the page ids that the loads wait
-    for.
+    64 KiB of keys and values a buffer. Few sequences leave an SM with one program, which then holds two buffers;
+    many keep three programs on it, and each covers the others' waits. Triton makes (num_stages - 1) / 2 buffers
+    here: half the stages go to the page ids that the loads wait for.
     """
     if dtype == torch.float32:  # FMA instead of tensor cores; small, or the unrolled dot spills
         return dict(BLOCK_N=16, num_warps=4, num_stages=1)
     if head_dim <= 128:
         return dict(BLOCK_N=64, num_warps=4, num_stages=5)
-    return dict(BLOCK_N=32 if head_dim <= 256 else 16, num_warps=4, num_stages=5)
+    return dict(BLOCK_N=64 if head_dim <= 256 else 32, num_warps=4, num_stages=5 if num_seqs <= 4 else 3)
 
 
 def launch_decode(
@@ -159,7 +159,7 @@ def launch_decode(
         q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], slots, k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **decode_tile(q.dtype, head_dim), **chained(q),
+        **decode_tile(q.dtype, head_dim, num_seqs), **chained(q),
         enable_fp_fusion=True,  # said outright: the default is an environment variable's
     )  # fmt: skip
     block_d = min(head_dim, 128)
