@@ -29,18 +29,25 @@ class World:
         self.memory = SlotMemory(layout, pages)
         self.computed: dict[str, int] = {}
         self.tokens: dict[str, array] = {}
+        self.prompt_length: dict[str, int] = {}
 
-    def admit(self, seq_id: str, tokens: list[int], chunk: int = 1, reserve: dict | None = None) -> int | None:
+    def admit(
+        self, seq_id: str, tokens: list[int], chunk: int = 1, reserve: dict | None = None, generated: list[int] = ()
+    ) -> int | None:
+        """`generated` are known too, of a request that was put back."""
         chain = PrefixChain(array("i", tokens), self.ledger.layout.page_size)
+        chain.tokens.extend(generated)
         cached = self.ledger.admit(seq_id, chain, chunk, reserve or {})
         if cached is not None:
             self.tokens[seq_id], self.computed[seq_id] = chain.tokens, cached
+            self.prompt_length[seq_id] = len(tokens)
         return cached
 
     def compute(self, seq_id: str, stop: int) -> bool:
         if not self.ledger.extend(seq_id, stop):
             return False
-        self.memory.step(self.ledger, [(seq_id, self.tokens[seq_id], self.computed[seq_id], stop)])
+        known = self.tokens[seq_id], self.prompt_length[seq_id]
+        self.memory.step(self.ledger, [(seq_id, *known, self.computed[seq_id], stop)])
         self.ledger.commit(seq_id, stop)
         self.computed[seq_id] = stop
         self.memory.poison_free_pages(self.ledger)
@@ -57,7 +64,7 @@ class World:
 
     def release(self, seq_id: str) -> None:
         self.ledger.release(seq_id)
-        del self.tokens[seq_id], self.computed[seq_id]
+        del self.tokens[seq_id], self.computed[seq_id], self.prompt_length[seq_id]
         self.memory.poison_free_pages(self.ledger)
 
 
@@ -80,16 +87,17 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        generated=st.one_of(st.just([]), st.lists(st.integers(0, 1), max_size=8)),
         chunk=st.integers(1, 6),
         reserve=st.integers(0, 3),
     )
     @precondition(lambda self: len(self.world.tokens) < 6)
-    def admit(self, tokens, chunk, reserve):
+    def admit(self, tokens, generated, chunk, reserve):
         world, seq_id = self.world, f"s{self.count}"
         self.count += 1
-        best = world.memory.longest_prefix(world.ledger, tokens)
+        best = world.memory.longest_prefix(world.ledger, tokens + generated, len(tokens))
         before = {kind: book.available for kind, book in world.ledger.books.items()}
-        cached = world.admit(seq_id, tokens, chunk, dict.fromkeys(before, reserve))
+        cached = world.admit(seq_id, tokens, chunk, dict.fromkeys(before, reserve), generated)
         after = {kind: book.available for kind, book in world.ledger.books.items()}
         if cached is None:
             assert after == before
@@ -170,6 +178,30 @@ def test_prefix_that_ends_earlier_needs_its_own_window():
     assert w.memory.longest_prefix(w.ledger, tokens) == 0
     assert w.run("third", tokens) == 0
     assert w.run("fourth", list(range(24)) + [5]) == 24
+
+
+def test_generated_tokens_are_reused_by_nobody():
+    """By no later turn, whose prompt they are part of, and not by their request; their pages are free at once."""
+    w = world()
+    prompt, answer = list(range(10)), list(range(50, 61))
+    w.admit("first", prompt)
+    assert w.compute("first", 10)
+    w.tokens["first"].extend(answer)
+    for stop in range(11, 22):
+        assert w.compute("first", stop)
+    w.release("first")
+    assert all(book.cached == 2 for book in w.ledger.books.values())
+    assert w.run("next turn", prompt + answer + [7]) == 8
+    w.ledger.flush()
+    w.run("prompt", prompt)
+    assert w.admit("put back", prompt, generated=answer) == 8
+
+
+def test_a_prompt_is_reused_whole_by_one_that_knows_how_it_goes_on():
+    w = world()
+    assert w.run("first", list(range(8))) == 0
+    assert w.run("same", list(range(8))) == 4
+    assert w.admit("put back", list(range(8)), generated=[9]) == 8
 
 
 def test_window_one_reuses_without_any_sliding_page():

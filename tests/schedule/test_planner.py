@@ -79,7 +79,7 @@ class World:
         self._check_plan(plan)
         for sequence in plan.sequences:
             self.started.setdefault(sequence.id, self.steps)
-        work = [(c.sequence.id, c.sequence.tokens, c.start, c.stop) for c in plan.chunks]
+        work = [(c.sequence.id, c.sequence.tokens, c.sequence.prompt_length, c.start, c.stop) for c in plan.chunks]
         self.memory.step(self.ledger, work)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         tokens = [next_token(sequence.tokens, sequence.seed) for sequence in samplers]
@@ -95,19 +95,27 @@ class World:
         self.memory.poison_free_pages(self.ledger)
 
     def _check_plan(self, plan) -> None:
-        assert len(plan.chunks) <= self.limits["running"]
-        ids = [chunk.sequence.id for chunk in plan.chunks]
-        assert len(set(ids)) == len(ids) > 0
+        assert 0 < len(plan.sequences) <= self.limits["running"]
+        assert len(plan.decodes) <= self.limits["running"]
         assert sum(chunk.stop - chunk.start for chunk in plan.prefills) <= self.limits["step"]
+        computed = {sequence.id: sequence.num_computed for sequence in plan.sequences}
+        size = Counter()
         for chunk in plan.chunks:
-            known = len(chunk.sequence.tokens)
-            assert chunk.start == chunk.sequence.num_computed < chunk.stop <= known
-            assert chunk.stop - chunk.start <= self.chunk
+            known, id = len(chunk.sequence.tokens), chunk.sequence.id
+            assert chunk.start == computed[id] < chunk.stop <= known
             assert chunk.samples == (chunk.stop == known)
-        assert all(chunk.samples and chunk.stop == chunk.start + 1 for chunk in plan.decodes)
-        for part in (plan.decodes, plan.prefills):
-            arrivals = [chunk.sequence.arrival for chunk in part]
-            assert arrivals == sorted(arrivals)
+            computed[id], size[id] = chunk.stop, size[id] + chunk.stop - chunk.start
+        assert max(size.values()) <= self.chunk
+        # Prompts are prefilled and generated tokens are decoded, whatever comes.
+        assert all(c.start >= c.sequence.prompt_length and c.stop == c.start + 1 for c in plan.decodes)
+        assert all(c.stop <= c.sequence.prompt_length for c in plan.prefills)
+        samples = [chunk.samples for chunk in plan.decodes]
+        assert samples == sorted(samples, reverse=True)
+        drawn = [chunk for chunk in plan.decodes if chunk.samples]
+        replayed = list(dict.fromkeys(c.sequence.arrival for c in plan.decodes if not c.samples))
+        once = [[c.sequence.arrival for c in part] for part in (drawn, plan.prefills)]
+        for arrivals in (*once, replayed):
+            assert arrivals == sorted(set(arrivals))
 
     def run(self, limit=2000) -> None:
         while self.scheduler.has_work:
@@ -250,7 +258,8 @@ def test_same_prompt_later_starts_behind_the_reused_prefix():
     third = world.add(request("c", list(range(21)), max_tokens=1))
     plan = world.scheduler.plan()
     assert third.cached_tokens == 20
-    assert [(c.start, c.stop, c.samples) for c in plan.decodes] == [(20, 21, True)] and not plan.prefills
+    # One token, and yet prefilled: it is the prompt's.
+    assert [(c.start, c.stop, c.samples) for c in plan.prefills] == [(20, 21, True)] and not plan.decodes
 
 
 def test_oldest_takes_pages_from_the_youngest_which_loses_nothing():
@@ -261,6 +270,30 @@ def test_oldest_takes_pages_from_the_youngest_which_loses_nothing():
     world.check(items)
     assert sequences[0].preemptions == 0 < sequences[2].preemptions
     assert all(sequence.cached_tokens == 0 for sequence in sequences)  # their own pages are no cached prompt
+
+
+def test_generated_tokens_are_decoded_again_as_many_at_once_as_rows_are_free():
+    world = World(page_size=4, window=None, context=32, running=4, spare=1, chunk=8, step=24)
+    items = [request(f"r{i}", [i] * 5, max_tokens=20, stop_ids=()) for i in range(2)]
+    oldest, youngest = [world.add(item) for item in items]
+    while not youngest.preemptions:
+        world.step()
+    known = len(youngest.tokens)
+    shapes = []
+
+    def note(plan):
+        shapes.append([(c.start, c.stop) for c in plan.chunks if c.sequence is youngest])
+
+    while youngest.num_computed < known:
+        world.step(during=note)
+    again = [shape for shape in shapes if shape]
+    assert again[0] == [(4, 5)]  # the page of the prompt is found cached, the rest of it prefilled
+    rows = again[1:-1]
+    assert all(stop == start + 1 for shape in rows for start, stop in shape)
+    assert [start for shape in again[1:] for start, _ in shape] == list(range(5, known))
+    assert max(map(len, rows)) >= 3 and len(rows) < known - 5
+    world.run()
+    world.check(items)
 
 
 def test_admission_does_not_thrash():

@@ -18,7 +18,7 @@ class _Holding:
     chain: PrefixChain
     row: int  # of the tables
     num_pages: int = 0
-    num_registered: int = 0  # full pages that were offered for reuse
+    num_registered: int = 0  # full pages of the prompt that were offered for reuse
     num_computed: int = 0  # tokens
     first: dict[Kind, int] = field(default_factory=dict)
 
@@ -51,9 +51,9 @@ class Ledger:
         return set(self._held)
 
     def admit(self, seq_id: str, chain: PrefixChain, chunk: int, reserve: dict[Kind, int]) -> int | None:
-        """Claim the longest reusable prefix and pages for up to `chunk` tokens after it.
+        """Claim the longest reusable prefix of the prompt and pages for up to `chunk` tokens after it.
 
-        The prefix ends on a page border and leaves at least the last token to compute. A kind must have
+        The prefix ends on a page border and leaves at least the last known token to compute. A kind must have
         `reserve` pages to spare, and the full kind also those of the tokens that come after this chunk: a
         prompt that is put back halfway has wasted its work.
 
@@ -103,16 +103,17 @@ class Ledger:
         return True
 
     def commit(self, seq_id: str, computed: int) -> None:
-        """Tokens [0, computed) have K/V now: offer full pages for reuse, give up those behind the window.
+        """Tokens [0, computed) have K/V now: offer the prompt's full pages, give up those behind the window.
 
-        The next query stands at position `computed`. Pages given up stay reusable until they are evicted.
+        The next query stands at position `computed`. Pages given up stay reusable until they are evicted. Pages
+        with a generated token are never offered: in a prompt it would be prefilled, with other last bits.
         """
         held = self._held[seq_id]
         assert held.num_computed <= computed <= held.num_pages * self.layout.page_size, (
             f"{seq_id}: {computed} tokens computed, after {held.num_computed}, on {held.num_pages} pages"
         )
         held.num_computed = computed
-        full_pages = computed // self.layout.page_size
+        full_pages = min(computed, held.chain.prompt_length) // self.layout.page_size
         if self._reuse and held.num_registered < full_pages:
             for j in range(held.num_registered, full_pages):
                 digest = held.chain.digest(j)
@@ -126,7 +127,7 @@ class Ledger:
                 held.first[kind] = visible
 
     def release(self, seq_id: str) -> None:
-        """The sequence holds nothing any more. What was committed stays reusable until it is evicted.
+        """The sequence holds nothing any more. What was offered stays reusable until it is evicted.
 
         The last page is dropped first, so that eviction takes a chain's tail before its head: a page is of
         use only together with those before it.
@@ -175,7 +176,7 @@ class Ledger:
         """
         if not self._reuse:
             return 0
-        matched = (len(chain.tokens) - 1) // self.layout.page_size
+        matched = min(len(chain.tokens) - 1, chain.prompt_length) // self.layout.page_size
         if Kind.FULL in self.books:
             find = self.books[Kind.FULL].find
             matched = next((j for j in range(matched) if find(chain.digest(j)) is None), matched)

@@ -14,8 +14,12 @@ class PrefixChain:
     """
 
     def __init__(self, tokens: array, page_size: int) -> None:
-        """`tokens`, of C ints, is kept, not copied: it may grow, but what it holds must not change."""
+        """`tokens`, of C ints, is kept, not copied: it may grow, but what it holds must not change.
+
+        What it holds now is the prompt, what it grows by is generated.
+        """
         self.tokens = tokens
+        self.prompt_length = len(tokens)
         self._page_size = page_size
         self._digests: list[bytes] = []
 

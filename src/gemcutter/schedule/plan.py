@@ -7,24 +7,25 @@ from gemcutter.schedule.sequence import Sequence
 
 
 class Chunk(NamedTuple):
-    """Tokens [start, stop) of a sequence, whose pages are held."""
+    """Tokens [start, stop) of a sequence, whose pages are held; all of its prompt, or none."""
 
     sequence: Sequence
     start: int
     stop: int
     samples: bool  # it reaches the last known token, so the next one is drawn
 
-    @property
-    def is_decode(self) -> bool:
-        return self.samples and self.stop - self.start == 1
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step. Both parts are in order of arrival."""
+    """One step. Attention has one kernel for decoding and one for prompts, and their last bits differ. So which of
+    the two computes a token follows from the token: a prompt's is prefilled, be it the only one of its chunk, and a
+    generated one is decoded, be it computed again after a preemption.
+    """
 
-    decodes: tuple[Chunk, ...]  # one token each that samples: a generated one, or a prompt's last
-    prefills: tuple[Chunk, ...]  # all others
+    # One generated token each. Those whose successor is drawn stand first, in order of arrival, for a graph gives
+    # logits of every row; then those whose successor is known, several of a sequence in order.
+    decodes: tuple[Chunk, ...]
+    prefills: tuple[Chunk, ...]  # tokens of prompts, in order of arrival
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -33,7 +34,8 @@ class Plan:
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [chunk.sequence for chunk in self.chunks]
+        """Each once."""
+        return list(dict.fromkeys(chunk.sequence for chunk in self.chunks))
 
     @property
     def num_tokens(self) -> int:

@@ -6,6 +6,7 @@ alone, all of them end.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from gemcutter.cache.ledger import Ledger
@@ -13,6 +14,14 @@ from gemcutter.schedule.plan import Chunk, Plan
 from gemcutter.schedule.request import Request, Stats
 from gemcutter.schedule.sequence import Sequence
 from gemcutter.spec import Kind
+
+
+@dataclass
+class _Room:
+    """What a step still has place for."""
+
+    rows: int  # of decoding
+    prompt_tokens: int
 
 
 class NewToken(NamedTuple):
@@ -95,27 +104,33 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """Claim pages for the next step and say what it computes; None if nothing is left to do.
 
-        Running requests come before waiting ones, decodes before prompts.
+        Running requests come before waiting ones, decodes before prompts. Generated tokens to compute again, after
+        a preemption, are rows of decoding, of which a step has at most max_running_requests; prompts share
+        max_prefill_tokens.
         """
         assert self._in_flight is None, "a step is planned while another waits for its commit"
         chosen: dict[str, Chunk] = {}
-        decodes = [sequence for sequence in self._running if sequence.num_to_compute == 1]
-        prefills = [sequence for sequence in self._running if sequence.num_to_compute > 1]
-        for sequence in decodes:
+        decoding = [s for s in self._running if not s.in_prompt and s.num_to_compute == 1]
+        others = [s for s in self._running if s.in_prompt or s.num_to_compute > 1]
+        for sequence in decoding:
             self._choose(sequence, 1, chosen)
-        budget = self._max_prefill_tokens
-        for sequence in prefills:
-            size = min(sequence.num_to_compute, self._chunk, budget)
-            if size and self._choose(sequence, size, chosen):
-                budget -= size
-        self._admit(budget, chosen)
+        room = _Room(rows=self._max_running - len(decoding), prompt_tokens=self._max_prefill_tokens)
+        for sequence in others:
+            self._choose_more(sequence, room, chosen)
+        self._admit(room, chosen)
         if not chosen:
             assert not self._live, f"no step for {list(self._live.values())}"
             return None
-        self._in_flight = Plan(
-            decodes=tuple(chunk for chunk in chosen.values() if chunk.is_decode),
-            prefills=tuple(chunk for chunk in chosen.values() if not chunk.is_decode),
-        )
+        drawn, known, prefills = [], [], []
+        for chunk in chosen.values():
+            sequence, start, stop, samples = chunk
+            if start < sequence.prompt_length:
+                prefills.append(chunk)
+            elif samples:
+                drawn.append(chunk)
+            else:
+                known += [Chunk(sequence, at, at + 1, samples=False) for at in range(start, stop)]
+        self._in_flight = Plan(decodes=(*drawn, *known), prefills=tuple(prefills))
         return self._in_flight
 
     def commit(self, plan: Plan, token_ids: list[int]) -> list[NewToken]:
@@ -142,7 +157,7 @@ class Scheduler:
     def fail(self, plan: Plan) -> list[Sequence]:
         """The step broke: end its requests with "error". Nothing it wrote is ever read."""
         assert plan is self._in_flight, "failure of a step that is not under way"
-        failed = [chunk.sequence for chunk in plan.chunks if chunk.sequence.finish_reason is None]
+        failed = [sequence for sequence in plan.sequences if sequence.finish_reason is None]
         for sequence in failed:
             sequence.finish_reason = "error"
         self._close(plan)
@@ -173,6 +188,19 @@ class Scheduler:
         assert len(running) <= self._max_running, f"{len(running)} running > {self._max_running}"
         self.ledger.check_invariants()
 
+    def _choose_more(self, sequence: Sequence, room: "_Room", chosen: dict[str, Chunk]) -> None:
+        """Put as much of a sequence that is not decoding into the step as there is room and there are pages for."""
+        if sequence.in_prompt:
+            size = min(sequence.prompt_length - sequence.num_computed, self._chunk, room.prompt_tokens)
+        else:
+            # Of several the newest waits a step, to be decoded as ever.
+            size = min(max(1, sequence.num_to_compute - 1), self._chunk, room.rows)
+        if size and self._choose(sequence, size, chosen):
+            if sequence.in_prompt:
+                room.prompt_tokens -= size
+            else:
+                room.rows -= size
+
     def _choose(self, sequence: Sequence, size: int, chosen: dict[str, Chunk]) -> bool:
         """Put the sequence's next `size` tokens into the step if it gets the pages.
 
@@ -191,32 +219,33 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Put the youngest running sequence back. Its tokens stay; their K/V are cached or computed again."""
+        """Put the youngest running sequence back. Its tokens stay; their K/V are computed again, or the prompt's
+        found cached.
+        """
         self.ledger.release(self._running.pop().id)
         sequence.num_computed = 0
         sequence.preemptions += 1
         self._preemptions += 1
         self._waiting.appendleft(sequence)
 
-    def _admit(self, budget: int, chosen: dict[str, Chunk]) -> None:
+    def _admit(self, room: "_Room", chosen: dict[str, Chunk]) -> None:
         """Start waiting sequences in order of arrival. One that does not fit keeps those behind it waiting."""
         if not self._waiting or len(self._running) >= self._max_running:
             return
         reserve = dict.fromkeys(self.ledger.layout.kinds, 0)
         for sequence in self._running:
             self._add_reserve(sequence, reserve)
-        while self._waiting and len(self._running) < self._max_running and budget:
+        while self._waiting and len(self._running) < self._max_running and room.prompt_tokens:
             sequence = self._waiting[0]
-            cached = self.ledger.admit(sequence.id, sequence.chain, min(self._chunk, budget), reserve)
+            chunk = min(self._chunk, room.prompt_tokens)
+            cached = self.ledger.admit(sequence.id, sequence.chain, chunk, reserve)
             if cached is None:
                 return
             self._running.append(self._waiting.popleft())
             sequence.num_computed = cached
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = cached
-            size = min(sequence.num_to_compute, self._chunk, budget)
-            self._choose(sequence, size, chosen)
-            budget -= size
+            self._choose_more(sequence, room, chosen)
             self._add_reserve(sequence, reserve)
 
     def _add_reserve(self, sequence: Sequence, reserve: dict[Kind, int]) -> None:

@@ -44,6 +44,11 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def in_prompt(self) -> bool:
+        """The next token to compute is one of the prompt."""
+        return self.num_computed < self.prompt_length
+
+    @property
     def prompt_ids(self) -> array:
         return self.tokens[: self.prompt_length]
 
