@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
@@ -45,7 +46,8 @@ def error(got, want):
 @pytest.mark.parametrize(
     "tokens,num_experts,top_k", [(0, 8, 2), (1, 8, 4), (23, 16, 4), (40, 4, 4), (9, 128, 8)], ids=str
 )
-def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype):
+def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype, monkeypatch):
+    """HF's own bits, once its products are made of 16 rows at a time as ours are."""
     x, ids, weights, gate_up, down = case(tokens, num_experts, top_k, 64, 44, dtype)
     config = Gemma4TextConfig(
         hidden_size=64,
@@ -57,12 +59,33 @@ def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype):
     config._experts_implementation = "eager"
     module = hf.Gemma4TextExperts(config).to(dtype)
     module.gate_up_proj.data, module.down_proj.data = gate_up, down
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", sixteen_rows_at_a_time(torch.nn.functional.linear))
         want = module(x, ids, weights)
     assert torch.equal(experts(x, ids, weights, gate_up, down), want)
     assert torch.equal(experts(x, ids.int(), weights, gate_up, down), want)
     if tokens:
         assert error(want, exact(x, ids, weights, gate_up, down)) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+def sixteen_rows_at_a_time(linear):
+    def blockwise(x, weight):
+        blocks = [
+            linear(F.pad(x[i : i + 16], (0, 0, 0, max(0, i + 16 - len(x)))), weight) for i in range(0, len(x), 16)
+        ]
+        return torch.cat(blocks)[: len(x)]
+
+    return blockwise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hot", [None, 4], ids=["spread", "hot"])
+def test_row_alone_equals_the_row_in_a_crowd(hot, dtype):
+    x, ids, weights, gate_up, down = case(100, 16, 4, 192, 64, dtype, hot=hot)
+    crowd = experts(x, ids, weights, gate_up, down)
+    for some in (range(1), range(99, 100), range(3, 40), range(64), range(99, -1, -7)):
+        rows = torch.tensor(some)
+        assert torch.equal(experts(x[rows], ids[rows], weights[rows], gate_up, down), crowd[rows]), rows
 
 
 def test_refusals():

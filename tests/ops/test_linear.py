@@ -30,6 +30,18 @@ def test_is_a_linear_layer(rows, dtype):
     torch.library.opcheck(torch.ops.gemcutter.linear.default, (strided, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SMALL, (192, 768), (256, 1024), (2112, 2816)], ids=str)
+def test_rows_do_not_know_each_other(shape, dtype):
+    """On a CPU: alone, among others, at any place in the block, as a slice of wider rows."""
+    x, weight = case(100, *shape, dtype)
+    crowd = linear(x, weight)
+    for rows in (1, 2, 3, 8, 15, 16, 17, 33, 64):
+        assert torch.equal(linear(x[-rows:], weight), crowd[-rows:]), rows
+    assert torch.equal(linear(torch.cat([x, x], 1)[:, : x.shape[1]], weight), crowd)
+    assert torch.equal(torch.cat([linear(row[None], weight) for row in x[::7]]), crowd[::7])
+
+
 def test_refusals():
     x, weight = case(3, 16, 32, torch.bfloat16)
     for arguments, error, message in (

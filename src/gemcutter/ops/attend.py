@@ -9,7 +9,7 @@ from gemcutter.batch import StepBatch
 from gemcutter.ops.attend_decode import launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 
-REFERENCE_QUERIES = 256  # scored together by the reference: scores are at most 256 x heads x kv_len
+REFERENCE_QUERIES = 16  # scored together by the reference
 
 
 def attend(
@@ -36,9 +36,9 @@ def attend(
         window: tokens visible to a query, itself included; None sees all.
 
     Returns:
-        [T, num_heads, D] of q's dtype. On a GPU a row's bits depend on its own sequence, and on whether it is
-        decoded or prefilled, never on the chunk or the rest of the batch. A sequence with kv_len 0 (a padded
-        row of a CUDA graph) gets zeros.
+        [T, num_heads, D] of q's dtype. A row's bits depend on its own sequence, and on a GPU on whether it is
+        decoded or prefilled (the two kernels sum in different orders), never on the chunk or the rest of the
+        batch. A sequence with kv_len 0 (a padded row of a CUDA graph) gets zeros.
     """
     num_heads, num_kv_heads, page_size = q.shape[1], k_cache.shape[1], k_cache.shape[2]
     assert q.dtype == k_cache.dtype == v_cache.dtype, f"q is {q.dtype}, the cache {k_cache.dtype}"
@@ -64,10 +64,13 @@ def attend_reference(
     pages: torch.Tensor,
     window: int | None,
 ) -> torch.Tensor:
-    """HF's `eager_attention_forward`, a sequence at a time; any device.
+    """HF's `eager_attention_forward`, REFERENCE_QUERIES positions at a time; any device.
 
-    Scores and probabilities are rounded to q's dtype, the softmax is fp32. Only keys that a query of the
-    block sees are gathered, so nothing else can reach the result.
+    Scores and probabilities are rounded to q's dtype, the softmax is fp32. The blocks begin at multiples of
+    REFERENCE_QUERIES in the sequence and are always whole: queries of other steps, and keys that no query sees, are
+    zeros. Each product then has a shape and a place in it that follow from the query's position alone, and so have
+    its bits, for a library's matrix product may sum in another order for another shape. Nothing but keys that a
+    query of the step sees is gathered.
     """
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.kv_len.tolist()
@@ -75,16 +78,20 @@ def attend_reference(
         if held == 0:
             continue
         first = held - (starts[i + 1] - starts[i])  # position of the sequence's first query
-        oldest = _oldest_visible(first, window)
-        k, v = (_gather(cache, pages[i], oldest, held) for cache in (k_cache, v_cache))
-        # Blocks end at multiples of REFERENCE_QUERIES in the sequence, wherever its chunk begins.
-        begin = first
-        while begin < held:
-            end = min(held, (begin // REFERENCE_QUERIES + 1) * REFERENCE_QUERIES)
-            keys = slice(_oldest_visible(begin, window) - oldest, end - oldest)
-            rows = slice(starts[i] + begin - first, starts[i] + end - first)
-            out[rows] = _attend_block(q[rows], k[:, keys], v[:, keys], begin, end, window)
-            begin = end
+        begin, end = (
+            first // REFERENCE_QUERIES * REFERENCE_QUERIES,
+            -(-held // REFERENCE_QUERIES) * REFERENCE_QUERIES,
+        )
+        queries = q.new_zeros(end - begin, *q.shape[1:])
+        queries[first - begin : held - begin] = q[starts[i] : starts[i + 1]]
+        oldest, seen = _oldest_visible(begin, window), _oldest_visible(first, window)
+        k, v = (_gather(cache, pages[i], oldest, seen, held, end) for cache in (k_cache, v_cache))
+        mixed = []
+        for block in range(begin, end, REFERENCE_QUERIES):
+            rows = slice(block - begin, block - begin + REFERENCE_QUERIES)
+            keys = slice(_oldest_visible(block, window) - oldest, block + REFERENCE_QUERIES - oldest)
+            mixed.append(_attend_block(queries[rows], k[:, keys], v[:, keys], window))
+        out[starts[i] : starts[i + 1]] = torch.cat(mixed)[first - begin : held - begin]
     return out
 
 
@@ -92,33 +99,31 @@ def _oldest_visible(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
 
-def _gather(cache: torch.Tensor, pages: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Keys or values begin : end of one sequence, [num_kv_heads, end - begin, D]."""
+def _gather(cache: torch.Tensor, pages: torch.Tensor, oldest: int, seen: int, held: int, end: int) -> torch.Tensor:
+    """Keys or values oldest : end of one sequence, [num_kv_heads, end - oldest, D]; zeros but for seen : held."""
     page_size = cache.shape[2]
-    first = begin // page_size
-    held = cache[pages[first : -(-end // page_size)].long()]  # [n, num_kv_heads, page_size, D]
-    held = held.transpose(0, 1).flatten(1, 2)
-    return held[:, begin - first * page_size : end - first * page_size]
+    first = seen // page_size
+    some = cache[pages[first : -(-held // page_size)].long()]  # [n, num_kv_heads, page_size, D]
+    some = some.transpose(0, 1).flatten(1, 2)
+    out = cache.new_zeros(cache.shape[1], end - oldest, cache.shape[3])
+    out[:, seen - oldest : held - oldest] = some[:, seen - first * page_size : held - first * page_size]
+    return out
 
 
-def _attend_block(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begin: int, end: int, window: int | None
-) -> torch.Tensor:
-    """Queries at positions begin : end over n keys, the last of them at end - 1.
+def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Queries over keys; the last of both stand at the same position.
 
-    q: [end - begin, num_heads, D]; k, v: [num_kv_heads, n, D].
+    q: [t, num_heads, D]; k, v: [num_kv_heads, n, D].
     """
-    t, n = end - begin, k.shape[1]
+    t, n = len(q), k.shape[1]
     group = q.shape[1] // k.shape[0]
     grouped = q.unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [num_kv_heads, group * t, D]
     scores = torch.matmul(grouped, k.transpose(1, 2))
-    if t > 1:  # a single query sees every key of the block
-        position = torch.arange(begin, end, device=q.device)
-        distance = position[:, None] - torch.arange(end - n, end, device=q.device)
-        hidden = distance < 0
-        if window is not None:
-            hidden |= distance >= window
-        scores.unflatten(1, (group, t)).masked_fill_(hidden, float("-inf"))
+    every = torch.ones(t, n, dtype=torch.bool, device=q.device)
+    hidden = every.triu(n - t + 1)  # keys behind the query
+    if window is not None:
+        hidden |= every.tril(n - t - window)
+    scores.unflatten(1, (group, t)).masked_fill_(hidden, float("-inf"))
     probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     mixed = torch.matmul(probs, v)
     return mixed.unflatten(1, (group, t)).permute(2, 0, 1, 3).flatten(1, 2)

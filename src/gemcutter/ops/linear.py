@@ -4,6 +4,9 @@ The sum over K runs in ascending steps of 16, the depth of one tensor core instr
 accumulator from beginning to end; nothing splits it. Hopper's tensor cores then give the same bits whatever the
 tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a kernel of ours that streams the
 weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
+
+On a CPU the libraries choose kernel and order of summation by the number of rows (seen: float32 below 16 rows, bf16
+up to 200 at some widths). The reference therefore multiplies 16 rows at a time, always 16, filled up with zeros.
 """
 
 import torch
@@ -16,6 +19,7 @@ from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 from gemcutter.ops.linear_hopper import stream, streams
 
+REFERENCE_ROWS = 16  # of one product on a CPU; a tile of AMX, where 16 rows of bf16 cost what one does
 MOST_STREAMED = 64  # rows; beyond, the weights are read once for several tiles and cuBLASLt is as fast or faster
 
 
@@ -27,7 +31,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight: [N, K] of x's dtype, dense.
 
     Returns:
-        [T, N] of x's dtype, a row's bits a function of that row alone (on a GPU).
+        [T, N] of x's dtype, a row's bits a function of that row alone. On a CPU also of the number of threads, by
+        which wide products are cut (seen in float32 from K = 1000 on).
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
@@ -45,7 +50,9 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if not x.is_cuda or x.dtype == torch.float32:
+    if not x.is_cuda:
+        return _linear_in_blocks(x, weight)
+    if x.dtype == torch.float32:
         return F.linear(x, weight)
     before = torch.backends.cuda.preferred_blas_library()
     half = torch.backends.cuda.matmul
@@ -58,6 +65,15 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     finally:
         setattr(half, name, allowed)
         torch.backends.cuda.preferred_blas_library(before)
+
+
+def _linear_in_blocks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Products of one shape and one alignment, so that the library has nothing to choose by."""
+    rows = len(x)
+    padded = x.new_zeros(-(-rows // REFERENCE_ROWS) * REFERENCE_ROWS, x.shape[1])
+    padded[:rows] = x
+    out = [F.linear(block, weight) for block in padded.split(REFERENCE_ROWS)]
+    return out[0][:rows] if len(out) == 1 else torch.cat(out)[:rows]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -112,7 +128,11 @@ def linear_tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
     return dict(BLOCK_N=64, BLOCK_T=32 if tokens <= 32 else 64, BLOCK_K=128, num_warps=4, num_stages=6)
 
 
+def linear_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 _linear = define(
     "linear(Tensor x, Tensor weight) -> Tensor",
-    check=check_linear, reference=linear_reference, launch=linear_launch,
+    check=check_linear, reference=linear_reference, launch=linear_launch, fake=linear_fake,
 )  # fmt: skip
