@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcutter.ops.sample_batch import SHORTLIST, Draw, SampleBatch
+from gemcutter.ops.sample_batch import SHORTLIST, WIDE_ROWS, Draw, SampleBatch
 
 _ONE = 2.0**40  # times up to 2^22 tokens stays below 2^63
 
@@ -52,8 +52,8 @@ def sample(logits: Tensor, batch: SampleBatch) -> SampleResult:
         logits: [R, V], any float dtype; not changed.
 
     Returns:
-        Token ids, and logprobs where asked: log_softmax in float of the logits as they came, as vLLM does by
-        default: before penalties, bias and temperature.
+        Token ids, and logprobs where asked: log_softmax of the logits as they came, as vLLM does by default: before
+        penalties, bias and temperature.
     """
     assert logits.shape[1] <= 2**22, f"vocabulary of {logits.shape[1]}: sums of weights would overflow"
     assert len(logits) == batch.num_rows, f"{len(logits)} rows of logits for a batch of {batch.num_rows}"
@@ -111,10 +111,8 @@ def largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def _draw(scores: Tensor, draw: Draw) -> Tensor:
     """Column [n, 1] drawn from scores [n, C]; rows descend wherever top_k or top_p cut anything off."""
     scores = scores.double()
-    peak = scores.amax(-1, keepdim=True)
-    # Equal to the peak is 1 without a subtraction, so that +inf is as good as any.
-    ratio = torch.where(scores == peak, 1.0, ((scores - peak) / draw.temperature[:, None]).exp())
-    weight = (ratio.nan_to_num(0.0) * _ONE).round().long()
+    ratio = _ratio(scores, scores.amax(-1, keepdim=True), draw.temperature[:, None])
+    weight = _weight(ratio)
     rank = torch.arange(scores.shape[1], device=scores.device)
     keep = rank < draw.top_k[:, None]
     weight = torch.where(keep, weight, 0)
@@ -130,6 +128,22 @@ def _draw(scores: Tensor, draw: Draw) -> Tensor:
     return torch.where(total > 0, column, 0)
 
 
+def _ratio(scores: Tensor, peak: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """Probabilities over the likeliest token's; 1 at the peak without a subtraction, so that +inf is as good as any."""
+    return torch.where(scores == peak, 1.0, ((scores - peak) / temperature).exp())
+
+
+def _weight(ratio: Tensor) -> Tensor:
+    return (ratio.nan_to_num(0.0) * _ONE).round().long()
+
+
+def _log_sum_exp(scores: Tensor) -> Tensor:
+    """[n, 1] float64, the sum one of integers: PyTorch splits a sum of floats by the number of rows on a GPU."""
+    scores = scores.double()
+    peak = scores.amax(-1, keepdim=True)
+    return peak + (_weight(_ratio(scores, peak)).sum(-1, keepdim=True).double() / _ONE).log()
+
+
 def _logprobs(
     logits: Tensor, tokens: Tensor, batch: SampleBatch
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
@@ -137,9 +151,9 @@ def _logprobs(
     rows = batch.logprob_rows
     if rows is None:
         return None, None, None
+    norm = torch.cat([_log_sum_exp(logits[some]) for some in rows.split(WIDE_ROWS)])
     scores = logits[rows].float()
-    norm = scores.logsumexp(-1, keepdim=True)
-    chosen = (scores.gather(1, tokens[rows, None]) - norm).squeeze(1)
+    chosen = (scores.gather(1, tokens[rows, None]) - norm).float().squeeze(1)
     n = min(max(count or 0 for count in batch.logprobs), scores.shape[1])
     best, ids = largest(scores, n)
-    return chosen, best - norm, ids
+    return chosen, (best - norm).float(), ids
