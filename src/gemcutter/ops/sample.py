@@ -129,7 +129,7 @@ def _draw(scores: Tensor, draw: Draw) -> Tensor:
 
 
 def _ratio(scores: Tensor, peak: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """Probabilities over the likeliest token's; 1 at the peak without a subtraction, so that +inf is as good as any."""
+    """Probabilities over the likeliest one; 1 at the peak without a subtraction, so that +inf is as good as any."""
     return torch.where(scores == peak, 1.0, ((scores - peak) / temperature).exp())
 
 
