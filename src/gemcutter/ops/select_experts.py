@@ -29,6 +29,7 @@ LANES = tl.constexpr(32)
 ID_BITS, ID_MASK = tl.constexpr(10), tl.constexpr(1023)
 PADDING = tl.constexpr(0xFFFF)
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+HALF_WAVE = 2048  # programs of a warp, of which a multiprocessor holds 32
 
 
 def select_experts(
@@ -140,7 +141,6 @@ def _select_kernel(
 
     An entry is a chosen expert: rank << ID_BITS | id, where equal probabilities share a rank, 0 the highest.
     """
-    release(CHAINED)
     PARTS: tl.constexpr = (E + LANES - 1) // LANES
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -149,6 +149,7 @@ def _select_kernel(
     for i in tl.static_range(PARTS):
         scales += (tl.load(scale_ptr + lane + i * LANES, mask=lane + i * LANES < E, other=0.0),)
     join(CHAINED)
+    release(CHAINED)
     x, order = (), ()
     for i in tl.static_range(PARTS):
         expert = lane + i * LANES
@@ -175,8 +176,8 @@ def _select_kernel(
     for place in range(TOP_K):
         best = tl.max(_greatest(left, PARTS), axis=0)
         candidate = tl.full([LANES], E, tl.int32)
-        for i in tl.static_range(PARTS):
-            candidate = tl.minimum(candidate, tl.where(left[i] == best, lane + i * LANES, E))
+        for i in tl.static_range(PARTS - 1, -1, -1):
+            candidate = tl.where(left[i] == best, lane + i * LANES, candidate)
         chosen = tl.min(candidate, axis=0)
         rest = ()
         for i in tl.static_range(PARTS):
@@ -208,11 +209,13 @@ def select_experts_launch(
     tokens, num_experts = logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    # Where two kernels do not fit on the card, the programs that wait for the first one slow it: 10.4 µs for 7.7.
+    chain = chained(logits) if tokens <= HALF_WAVE else {"CHAINED": False}
     if tokens:
         _select_kernel[(tokens,)](
             logits, per_expert_scale, ids, weights, logits.stride(0),
             E=num_experts, TOP_K=top_k, WIDTH=triton.next_power_of_2(top_k),
-            num_warps=1, enable_fp_fusion=False, **chained(logits),
+            num_warps=1, enable_fp_fusion=False, **chain,
         )  # fmt: skip
     return ids, weights
 

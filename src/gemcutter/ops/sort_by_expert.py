@@ -6,7 +6,7 @@ the flattened [T, k] ids, which is token i // k.
 Up to 1024 slots (decoding) one launch: the key (expert, slot) is unique, and the place of a slot is the number of
 smaller keys. That is slots^2 comparisons, a million at most, spread over the whole GPU, and `starts` is the same
 count for the keys (expert, 0). Beyond, where the square would grow, three launches: how often each expert occurs in
-each block of 128 slots; these counts added up from block to block; then each block counts within itself.
+each block of 128 or 256 slots; these counts added up from block to block; then each block counts within itself.
 """
 
 import torch
@@ -76,8 +76,8 @@ def _rank_kernel(
     E: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Queries: the keys of all slots, then (e, 0) for e to E; the place of each is the number of smaller keys."""
-    release(CHAINED)
     join(CHAINED)
+    release(CHAINED)
     slot = tl.arange(0, KEYS)
     ids = tl.load(ids_ptr + slot, mask=slot < slots, other=E).to(tl.int32)
     key = ids * SPAN + slot  # padding sorts behind every query
@@ -96,8 +96,8 @@ def _count_kernel(
     ids_ptr, counts_ptr, slots, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
 ):  # fmt: skip
     """counts[p, e]: slots of expert e in block p."""
-    release(CHAINED)
     join(CHAINED)
+    release(CHAINED)
     block, expert = tl.program_id(0), tl.arange(0, E_BLOCK)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots
@@ -110,8 +110,8 @@ def _scan_kernel(
     counts_ptr, blocks, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHAINED: tl.constexpr
 ):  # fmt: skip
     """counts[p, e]: slots of expert e in the blocks ahead of p; in the row behind the last, in all."""
-    release(CHAINED)
     join(CHAINED)
+    release(CHAINED)
     expert = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([COLS], tl.int32)
     for first in range(0, blocks, ROWS):
@@ -134,7 +134,6 @@ def _place_kernel(
     The place of a slot: slots of lower experts, those of its own in the blocks ahead and in its own block. The
     number of smaller keys (expert, slot) in its block counts the last, and lower experts' there once more.
     """
-    release(CHAINED)
     join(CHAINED)
     block, expert, lane = tl.program_id(0), tl.arange(0, E_BLOCK), tl.arange(0, BLOCK)
     slot = block * BLOCK + lane
@@ -148,6 +147,7 @@ def _place_kernel(
     start = tl.cumsum(elsewhere, axis=0) - elsewhere + ahead
     key = ids * BLOCK + lane
     place = tl.gather(start, tl.where(inside, ids, 0), 0) + _count_smaller(key, key)
+    release(CHAINED)
     tl.store(order_ptr + place, slot, mask=inside)
     if block == 0:
         tl.store(starts_ptr + expert, tl.cumsum(total, axis=0) - total, mask=expert < E)
@@ -166,17 +166,17 @@ def sort_by_expert_launch(ids: torch.Tensor, num_experts: int) -> tuple[torch.Te
             E=num_experts, QUERIES=queries, KEYS=512 if slots <= 512 else SPAN.value, num_warps=4, **chain,
         )  # fmt: skip
         return order, starts
-    block, cols = 128, 4
+    block, cols = 128 if num_experts <= 256 else 256, 4
     blocks = triton.cdiv(slots, block)
     counts = torch.empty(blocks + 1, num_experts, dtype=torch.int32, device=ids.device)
     # A power of two from 16: smaller histograms are not compiled everywhere.
-    shape = dict(E=num_experts, E_BLOCK=max(16, triton.next_power_of_2(num_experts)), BLOCK=block, num_warps=4)
+    shape = dict(E=num_experts, E_BLOCK=max(16, triton.next_power_of_2(num_experts)), BLOCK=block)
     rows = min(1024, triton.next_power_of_2(blocks))
-    _count_kernel[(blocks,)](ids, counts, slots, **shape, **chain)
+    _count_kernel[(blocks,)](ids, counts, slots, num_warps=4, **shape, **chain)
     _scan_kernel[(triton.cdiv(num_experts, cols),)](
         counts, blocks, E=num_experts, ROWS=rows, COLS=cols, num_warps=4, **chain
     )
-    _place_kernel[(blocks,)](ids, counts, order, starts, slots, blocks, **shape, **chain)
+    _place_kernel[(blocks,)](ids, counts, order, starts, slots, blocks, num_warps=block // 32, **shape, **chain)
     return order, starts
 
 
