@@ -17,9 +17,10 @@ class KindBatch:
 
 @dataclass
 class StepBatch:
-    """Tokens of all sequences of a step, flattened. Sequences with exactly one query token stand first.
+    """Tokens of all sequences of a step, flattened. Those to decode stand first, with one query token each.
 
-    Page 0 of every kind is a dump that belongs to no sequence: padded rows write there.
+    A request of which several tokens are decoded is as many sequences, on the same pages: each sees the K/V of those
+    before it, which are written before any is read. Page 0 of every kind is a dump that belongs to no sequence: padded rows write there.
     """
 
     token_ids: torch.Tensor  # [num_tokens] int64
@@ -28,6 +29,6 @@ class StepBatch:
     kv_len: torch.Tensor  # [num_seqs] int32: tokens held after this step, its own included
     logit_rows: torch.Tensor  # [num_sampled] int64: tokens whose logits are wanted
     kinds: dict[Kind, KindBatch]
-    num_decodes: int  # the first num_decodes sequences have one query token each
+    num_decodes: int  # the first num_decodes sequences are decoded, the others prefilled
     max_query_len: int  # of the other sequences; 0 if there are none
     max_kv_len: int

@@ -20,12 +20,17 @@ CUTS = {
 }
 
 
-def build(name: str, folder):
-    """(spec, weights) of the first layers of a released model, with a small vocabulary."""
+def write_config(name: str, folder) -> None:
+    """config.json of the first layers of a released model, with a small vocabulary."""
     config = released.config(name)
     small = {"vocab_size": 4096, "vocab_size_per_layer_input": 4096, "max_position_embeddings": 2048}
     config["text_config"].update(CUTS[name] | small)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def build(name: str, folder):
+    """(spec, weights) of that model."""
+    write_config(name, folder)
     spec = read_spec(folder)
     weights = dummy_weights(spec, torch.device("cuda"), torch.bfloat16, seed=3)
     generator = torch.Generator("cuda").manual_seed(4)
