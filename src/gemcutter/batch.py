@@ -19,8 +19,9 @@ class KindBatch:
 class StepBatch:
     """Tokens of all sequences of a step, flattened. Those to decode stand first, with one query token each.
 
-    A request of which several tokens are decoded is as many sequences, on the same pages: each sees the K/V of those
-    before it, which are written before any is read. Page 0 of every kind is a dump that belongs to no sequence: padded rows write there.
+    A request of which several tokens are decoded is as many sequences, on the same pages: each sees the K/V of
+    those before it, as a layer writes all K/V before it reads any. Page 0 of every kind is a dump that belongs to
+    no sequence: padded rows write there.
     """
 
     token_ids: torch.Tensor  # [num_tokens] int64
