@@ -27,13 +27,25 @@ def rows(width: int, kind: str) -> torch.Tensor:
 )
 @pytest.mark.parametrize("width", WIDTHS)
 def test_close_to_float64_in_any_order(width, kind):
+    """Of eights, and within one of what is added: neighbours, then pairs, then fours."""
     x = rows(width, kind)
     got, want = mean_square_reference(x), x.double().pow(2).mean(-1, keepdim=True)
-    assert ((got.double() - want).abs() / want).max() < 2e-7  # three roundings of 2^-24
+    assert ((got.double() - want).abs() / want).max() < 2e-7
+    whole = width // 8 * 8
     for seed in range(3):
-        order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        eights = torch.arange(whole).view(-1, 8)[torch.randperm(whole // 8, generator=generator)]
+        order = torch.cat([(eights ^ seed * 2 + 1).flatten(), torch.arange(whole, width)])
         assert torch.equal(mean_square_reference(x[:, order]), got)
     assert torch.equal(mean_square_reference(x[3:4]), got[3:4])
+
+
+def test_adds_by_halves_within_eight():
+    """In another order the small squares would be lost beside the large one, or not."""
+    big, small = 1.0, 2.0**-12  # small squared: half of the last place of 1.0, a tie that goes to even
+    x = torch.tensor([[big, small, small, 0, 0, 0, 0, 0], [big, 0, small, small, 0, 0, 0, 0]])
+    got = mean_square_reference(x) * 8
+    assert got[0] == 1 and got[1] > 1
 
 
 def test_edges():

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.mean_square import mean_square
-from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
+from gemcutter.ops.rms_norm import rms_norm_reference
+from gemcutter.ops.row import added, late, load_row, norm_factor, normed, seam_tile, store_row
 
 
 def attention_seam(
@@ -70,29 +71,41 @@ def attention_seam_reference(attended, residual, post, pre, eps, expert_pre, rou
 def _attention_seam_kernel(
     attended_ptr, residual_ptr, post_ptr, pre_ptr, expert_pre_ptr, router_scale_ptr,
     hidden_ptr, mlp_in_ptr, expert_in_ptr, router_in_ptr, attended_stride, residual_stride, eps, root,
-    H: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = col < H
-    dtype = hidden_ptr.dtype.element_ty
-    x = tl.load(attended_ptr + row * attended_stride + col, mask=inside, other=0.0).to(tl.float32)
-    residual = tl.load(residual_ptr + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(post_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    x = (x * tl.rsqrt(mean_square(x, H) + eps) * weight).to(dtype).to(tl.float32)
-    hidden = (residual + x).to(dtype)
-    out = row * H + col
-    tl.store(hidden_ptr + out, hidden, mask=inside)
-    hidden = hidden.to(tl.float32)
-    normed = hidden * tl.rsqrt(mean_square(hidden, H) + eps)
-    weight = tl.load(pre_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(mlp_in_ptr + out, (normed * weight).to(dtype), mask=inside)
+    post = load_row(post_ptr, None, H, PARTS, PART) if EARLY else None
+    pre = load_row(pre_ptr, None, H, PARTS, PART) if EARLY else None
+    expert_pre = load_row(expert_pre_ptr, None, H, PARTS, PART) if EARLY and EXPERTS else None
+    router_scale = load_row(router_scale_ptr, None, H, PARTS, PART) if EARLY and EXPERTS else None
+    join(CHAINED)
+    release(CHAINED)
+    x = load_row(attended_ptr + row * attended_stride, None, H, PARTS, PART)
+    residual = load_row(residual_ptr + row * residual_stride, None, H, PARTS, PART)
+    factor = norm_factor(x, eps, H)
+    hidden = added(residual, normed(x, factor, late(post, post_ptr, H, PARTS, PART)))
+    out = row * H
+    store_row(hidden_ptr + out, hidden, None, H, PARTS, PART)
+    factor = norm_factor(hidden, eps, H)
+    pre = late(pre, pre_ptr, H, PARTS, PART)
+    store_row(mlp_in_ptr + out, normed(hidden, factor, pre), None, H, PARTS, PART)
     if EXPERTS:
-        weight = tl.load(expert_pre_ptr + col, mask=inside, other=0.0).to(tl.float32)
-        tl.store(expert_in_ptr + out, (normed * weight).to(dtype), mask=inside)
-        scale = tl.load(router_scale_ptr + col, mask=inside, other=0.0).to(tl.float32)
-        scaled = (normed.to(dtype).to(tl.float32) * scale).to(dtype).to(tl.float32)
-        tl.store(router_in_ptr + out, (scaled * root).to(dtype), mask=inside)
+        expert_pre = late(expert_pre, expert_pre_ptr, H, PARTS, PART)
+        store_row(expert_in_ptr + out, normed(hidden, factor, expert_pre), None, H, PARTS, PART)
+        router_scale = late(router_scale, router_scale_ptr, H, PARTS, PART)
+        store_row(router_in_ptr + out, _router_in(hidden, factor, router_scale, root), None, H, PARTS, PART)
+
+
+@triton.jit
+def _router_in(xs, factor, scales, root):
+    """normed, * scale, * root, each rounded to x's dtype, the last one in the store."""
+    dtype: tl.constexpr = xs[0].dtype
+    ys = ()
+    for part in tl.static_range(len(xs)):
+        y = (xs[part].to(tl.float32) * factor).to(dtype).to(tl.float32)
+        ys += ((y * scales[part].to(tl.float32)).to(dtype).to(tl.float32) * root,)
+    return ys
 
 
 def attention_seam_launch(attended, residual, post, pre, eps, expert_pre, router_scale) -> list[torch.Tensor]:
@@ -105,7 +118,7 @@ def attention_seam_launch(attended, residual, post, pre, eps, expert_pre, router
         _attention_seam_kernel[(tokens,)](
             attended, residual, post, pre, expert_pre, router_scale, *outs, *[None] * (4 - len(outs)),
             attended.stride(0), residual.stride(0), eps, width**-0.5,
-            H=width, EXPERTS=with_experts, **row_tile(width),
+            H=width, EXPERTS=with_experts, **seam_tile(width, tokens, with_experts), **chained(attended),
         )  # fmt: skip
     return outs
 

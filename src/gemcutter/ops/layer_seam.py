@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.mean_square import mean_square
-from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
+from gemcutter.ops.rms_norm import rms_norm_reference
+from gemcutter.ops.row import added, late, load_row, norm_factor, norm_factors, normed, seam_tile, store_row
 
 
 class Routed(NamedTuple):
@@ -86,36 +87,38 @@ def layer_seam_reference(
 
 
 @triton.jit
-def _normed(x, weight_ptr, col, inside, eps, H: tl.constexpr, dtype: tl.constexpr):
-    """norm(x) * weight, rounded to dtype, as float."""
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    return (x * tl.rsqrt(mean_square(x, H) + eps) * weight).to(dtype).to(tl.float32)
-
-
-@triton.jit
 def _layer_seam_kernel(
     out_ptr, residual_ptr, post_ptr, scalar_ptr, next_norm_ptr, routed_ptr, dense_post_ptr, expert_post_ptr,
     hidden_ptr, next_in_ptr, out_stride, residual_stride, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, LAST: tl.constexpr,
+    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EXPERTS: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """LAST: nothing comes between this residual and the scalar, so scale, and norm for the next reader."""
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = col < H
-    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
-    at = row * H + col
-    x = tl.load(out_ptr + row * out_stride + col, mask=inside, other=0.0).to(tl.float32)
+    at = row * H
+    post = load_row(post_ptr, None, H, PARTS, PART) if EARLY else None
+    dense_post = load_row(dense_post_ptr, None, H, PARTS, PART) if EARLY and EXPERTS else None
+    expert_post = load_row(expert_post_ptr, None, H, PARTS, PART) if EARLY and EXPERTS else None
+    next_norm = load_row(next_norm_ptr, None, H, PARTS, PART) if EARLY and LAST else None
+    scalar = tl.load(scalar_ptr).to(tl.float32) if LAST else None
+    join(CHAINED)
+    release(CHAINED)
+    x = load_row(out_ptr + row * out_stride, None, H, PARTS, PART)
+    residual = load_row(residual_ptr + row * residual_stride, None, H, PARTS, PART)
     if EXPERTS:
-        routed = tl.load(routed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        routed = _normed(routed, expert_post_ptr, col, inside, eps, H, dtype)
-        x = (_normed(x, dense_post_ptr, col, inside, eps, H, dtype) + routed).to(dtype).to(tl.float32)
-    residual = tl.load(residual_ptr + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
-    hidden = (residual + _normed(x, post_ptr, col, inside, eps, H, dtype)).to(dtype)
+        routed = load_row(routed_ptr + at, None, H, PARTS, PART)
+        factor, routed_factor = norm_factors(x, routed, eps, H)
+        x = normed(x, factor, late(dense_post, dense_post_ptr, H, PARTS, PART))
+        routed = normed(routed, routed_factor, late(expert_post, expert_post_ptr, H, PARTS, PART))
+        x = added(x, routed)
+    factor = norm_factor(x, eps, H)
+    hidden = added(residual, normed(x, factor, late(post, post_ptr, H, PARTS, PART)))
     if LAST:
-        hidden = (hidden.to(tl.float32) * tl.load(scalar_ptr).to(tl.float32)).to(dtype)
-        next_in = _normed(hidden.to(tl.float32), next_norm_ptr, col, inside, eps, H, dtype)
-        tl.store(next_in_ptr + at, next_in.to(dtype), mask=inside)
-    tl.store(hidden_ptr + at, hidden, mask=inside)
+        hidden = normed(hidden, scalar, None)
+        factor = norm_factor(hidden, eps, H)
+        next_in = normed(hidden, factor, late(next_norm, next_norm_ptr, H, PARTS, PART))
+        store_row(next_in_ptr + at, next_in, None, H, PARTS, PART)
+    store_row(hidden_ptr + at, hidden, None, H, PARTS, PART)
 
 
 def layer_seam_launch(
@@ -129,7 +132,8 @@ def layer_seam_launch(
         _layer_seam_kernel[(tokens,)](
             out, residual, post, scalar, next_norm, routed, dense_post, expert_post,
             outs[0], outs[-1], out.stride(0), residual.stride(0), eps,
-            H=width, EXPERTS=routed is not None, LAST=next_norm is not None, **row_tile(width),
+            H=width, EXPERTS=routed is not None, LAST=next_norm is not None,
+            **seam_tile(width, tokens, routed is not None), **chained(out),
         )  # fmt: skip
     return outs
 

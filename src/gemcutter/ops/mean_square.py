@@ -1,31 +1,35 @@
 """Mean square of a row, in float, the same bits in any order of summation.
 
-A float sum depends on how a device splits it, and PyTorch's own splits differ with the number of rows. Here the
-squares become integers, whose sum has no order: a power of two brings the row's largest element into [1, 2), each
-square is cut to a multiple of 2^-40, and the exact total is rounded to float once. That is closer to the true value
+A float sum depends on how a device splits it, and PyTorch's own splits differ with the number of rows. Here eight
+adjacent squares are added in float by halves (each with its neighbour, three times), which a thread does by itself,
+and the sums of eight become integers, whose sum has no order: a power of two brings the row's largest into [1, 2),
+each is cut to a multiple of 2^-40, and the exact total is rounded to float once. That is closer to the true value
 than a float sum; like one it overflows to inf, and inf and NaN come through.
 
-Rows of up to 2^16 elements: squares below 2^6, cut at 2^-40, sum up below 2^62.
+Rows of up to 2^16 elements: 2^13 integers below 2^42 sum up below 2^55.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-ONE = tl.constexpr(2.0**40)  # a scaled square of 1, as an integer
-HALF_BITS = tl.constexpr(20)  # of ONE: its root, taken off twice so that nothing underflows on the way
-LOW, HIGH = tl.constexpr(-100), tl.constexpr(125)  # bounds of the scale's exponent: its reciprocal stays normal
+ONE = tl.constexpr(2.0**40)  # a scaled sum of 1, as an integer
+LOW, HIGH = (
+    tl.constexpr(-126),
+    tl.constexpr(126),
+)  # bounds of the scale's exponent: it and its reciprocal are normal
 
 
 def mean_square_reference(wide: torch.Tensor) -> torch.Tensor:
     """[..., H] float32 -> [..., 1] float32."""
-    peak = wide.abs().amax(-1, keepdim=True)
+    sums = torch.nn.functional.pad(wide * wide, (0, -wide.shape[-1] % 8))
+    for _ in range(3):
+        sums = sums[..., 0::2] + sums[..., 1::2]
+    peak = sums.amax(-1, keepdim=True)
     shift = ((peak.view(torch.int32) >> 23) - 127).clamp(LOW.value, HIGH.value)
-    scaled = wide * _power(-shift)
-    total = (scaled * scaled * ONE.value).to(torch.int64).sum(-1, keepdim=True)
-    half = _power(shift - HALF_BITS.value)
-    mean = total.to(torch.float32) * half * half * (1.0 / wide.shape[-1])
-    return torch.where(peak.isfinite(), mean, peak * peak)
+    total = (sums * _power(-shift) * ONE.value).to(torch.int64).sum(-1, keepdim=True)
+    mean = total.to(torch.float32) * (1.0 / ONE.value) * _power(shift) * (1.0 / wide.shape[-1])
+    return torch.where(peak.isfinite(), mean, peak)
 
 
 def _power(exponent: torch.Tensor) -> torch.Tensor:
@@ -35,22 +39,121 @@ def _power(exponent: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def mean_square(x, H: tl.constexpr):
-    """[rows, B] float32, zeros past column H -> [rows, 1] float32."""
-    peak = tl.max(_magnitudes(x), 1, keep_dims=True)
-    return _mean(peak, tl.sum(_squares(x, peak), 1, keep_dims=True), H)
+    """[rows, B] float32, zeros past column H -> [rows, 1] float32, a scalar of one row."""
+    return mean_square_of_parts((x,), H)
 
 
 @triton.jit
 def mean_square_of_halves(low, high, H: tl.constexpr):
-    """The same of rows held as two halves, [rows, H/2] each."""
-    peak = tl.max(tl.maximum(_magnitudes(low), _magnitudes(high)), 1, keep_dims=True)
-    return _mean(peak, tl.sum(_squares(low, peak) + _squares(high, peak), 1, keep_dims=True), H)
+    """The same of rows held in two tiles, [rows, H/2] each, H/2 a power of two from 8."""
+    return mean_square_of_parts((low, high), H)
 
 
 @triton.jit
-def _magnitudes(x):
-    """Bits of |x|: as integers they order like the floats, with NaN on top."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def mean_square_of_parts(xs, H: tl.constexpr):
+    """The same of rows held in tiles of one shape, side by side, of any float dtype.
+
+    One row's is a scalar: as a tensor of one it would take the layout of its sum, and whole rows would be moved to
+    meet it there.
+    """
+    sums = _sums(xs)
+    if xs[0].shape[0] == 1:
+        peak = tl.max(_peak(sums))
+        total = _sum_of_int64(_total(sums, peak))
+    else:
+        peak = tl.max(_peak(sums), 1, keep_dims=True)
+        total = tl.sum(_total(sums, peak), 1, keep_dims=True)
+    return _mean(peak, total, H)
+
+
+@triton.jit
+def mean_squares_of_rows(xs, ys, H: tl.constexpr):
+    """Scalars of two rows, which wait for each other's threads together."""
+    x_sums, y_sums = _sums(xs), _sums(ys)
+    peaks = tl.max(tl.join(_peak(x_sums), _peak(y_sums)), 1)
+    x_peak, y_peak = tl.split(tl.reshape(peaks, [2]))
+    x_total, y_total = _sums_of_int64(_total(x_sums, x_peak), _total(y_sums, y_peak))
+    return _mean(x_peak, x_total, H), _mean(y_peak, y_total, H)
+
+
+@triton.jit
+def _sums(xs):
+    """Of eight adjacent squares each."""
+    sums = ()
+    for part in tl.static_range(len(xs)):
+        x = xs[part].to(tl.float32)
+        sums += (_sums_of_two(_sums_of_two(_sums_of_two(x * x))),)
+    return sums
+
+
+@triton.jit
+def _sums_of_two(x):
+    rows: tl.constexpr = x.shape[0]
+    pairs: tl.constexpr = x.shape[1] // 2
+    if pairs > 0:
+        x = tl.sum(tl.reshape(x, [rows, pairs, 2]), 2)
+    return x
+
+
+@triton.jit
+def _peak(sums):
+    """Bits of the largest in each column; as integers they order like the floats, with NaN on top."""
+    peak = sums[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    for part in tl.static_range(1, len(sums)):
+        peak = tl.maximum(peak, sums[part].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return peak
+
+
+@triton.jit
+def _total(sums, peak):
+    """int64, of each column."""
+    scale = _power_of_two(-_shift(peak))
+    total = (sums[0] * scale * ONE).to(tl.int64)
+    for part in tl.static_range(1, len(sums)):
+        total += (sums[part] * scale * ONE).to(tl.int64)
+    return total
+
+
+@triton.jit
+def _sum_of_int64(x):
+    """[1, C] of numbers below 2^45 -> scalar.
+
+    Up to 256 columns, halves of 23 bits add up in int32, which a warp does in one instruction.
+    """
+    if x.shape[1] > 256:
+        return tl.sum(x)
+    halves = tl.sum(tl.join(_low(x), _high(x)), 1)
+    low, high = tl.split(tl.reshape(halves, [2]))
+    return _whole(low, high)
+
+
+@triton.jit
+def _sums_of_int64(x, y):
+    """Of both at once."""
+    if x.shape[1] > 256:
+        of_x, of_y = tl.split(tl.reshape(tl.sum(tl.join(x, y), 1), [2]))
+        return of_x, of_y
+    lows = tl.join(_low(x), _low(y))
+    highs = tl.join(_high(x), _high(y))
+    lows, highs = tl.split(tl.reshape(tl.sum(tl.join(lows, highs), 1), [2, 2]))
+    x_low, y_low = tl.split(lows)
+    x_high, y_high = tl.split(highs)
+    return _whole(x_low, x_high), _whole(y_low, y_high)
+
+
+@triton.jit
+def _low(x):
+    return (x & 0x7FFFFF).to(tl.int32)
+
+
+@triton.jit
+def _high(x):
+    return (x >> 23).to(tl.int32)
+
+
+@triton.jit
+def _whole(low, high):
+    return (high.to(tl.int64) << 23) + low
 
 
 @triton.jit
@@ -59,17 +162,9 @@ def _shift(peak):
 
 
 @triton.jit
-def _squares(x, peak):
-    scaled = x * _power_of_two(-_shift(peak) + HALF_BITS)  # so that squares come out times ONE
-    return (scaled * scaled).to(tl.int64)
-
-
-@triton.jit
 def _mean(peak, total, H: tl.constexpr):
-    half = _power_of_two(_shift(peak) - HALF_BITS)
-    mean = total.to(tl.float32) * half * half * (1.0 / H)
-    value = peak.to(tl.float32, bitcast=True)
-    return tl.where(peak < 0x7F800000, mean, value * value)
+    mean = total.to(tl.float32) * (1.0 / ONE) * _power_of_two(_shift(peak)) * (1.0 / H)
+    return tl.where(peak < 0x7F800000, mean, peak.to(tl.float32, bitcast=True))
 
 
 @triton.jit
