@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 from gemcutter.ops.tile import elementwise_tile, tile_at
 
@@ -57,10 +58,12 @@ def rounded(scale: float, dtype: torch.dtype) -> float:
 @triton.jit(do_not_specialize=["tokens"])
 def _embed_kernel(
     ids_ptr, table_ptr, out_ptr, table_stride, tokens, scale,
-    W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     row, col = tile_at(tl.program_id(0), W, ROWS, COLS)
     inside = (row < tokens) & (col < W)
+    join(CHAINED)
+    release(CHAINED)
     token_id = tl.load(ids_ptr + row, mask=row < tokens, other=0)
     x = tl.load(table_ptr + token_id * table_stride + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row.to(tl.int64) * W + col, (x * scale).to(out_ptr.dtype.element_ty), mask=inside)
@@ -70,10 +73,11 @@ def embed_launch(token_ids: torch.Tensor, table: torch.Tensor, scale: float) -> 
     tokens, width = len(token_ids), table.shape[1]
     out = torch.empty(tokens, width, dtype=table.dtype, device=table.device)
     if tokens:
-        tile = elementwise_tile(width)
+        tile = elementwise_tile(width, 2048)
         _embed_kernel[(triton.cdiv(tokens, tile["ROWS"]) * triton.cdiv(width, tile["COLS"]),)](
-            token_ids, table, out, table.stride(0), tokens, rounded(scale, table.dtype), W=width, **tile
-        )
+            token_ids, table, out, table.stride(0), tokens, rounded(scale, table.dtype), W=width, **tile,
+            **chained(table),
+        )  # fmt: skip
     return out
 
 

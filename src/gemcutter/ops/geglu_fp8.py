@@ -9,17 +9,21 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
-from gemcutter.ops.geglu import geglu_reference, gelu_tanh
+from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.geglu import geglu_reference, gelu
 from gemcutter.ops.library import define
+from gemcutter.ops.load_order import after, mixed
 from gemcutter.ops.quantize_fp8 import (
     Quantized,
     check_quantized_width,
+    columns,
     empty_quantized,
+    load_part,
+    magnitudes,
     quantize_fp8_reference,
-    quantized_bits,
-    row_peak,
+    row_parts,
     scale_of,
-    split_row_tile,
+    store_row,
 )
 
 
@@ -50,27 +54,33 @@ def geglu_fp8_reference(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return quantize_fp8_reference(geglu_reference(gate_up))
 
 
-@triton.jit
-def _geglu(gate_ptr, up_ptr, inside):
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr, mask=inside, other=0.0).to(tl.float32)
-    return (gelu_tanh(gate).to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _geglu_fp8_kernel(
-    gate_up_ptr, q_ptr, scale_ptr, row_stride, I: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+    gate_up_ptr, q_ptr, scale_ptr, row_stride, rows,
+    I: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEAD)[None, :]
-    tail = HEAD + tl.arange(0, TAIL)[None, :]
-    start = gate_up_ptr + row * row_stride
-    y = _geglu(start + head, start + I + head, head < I)
-    rest = _geglu(start + tail, start + I + tail, tail < I)
-    peak = tl.maximum(row_peak(y), row_peak(rest))
-    tl.store(q_ptr + row * I + head, quantized_bits(y, peak), mask=head < I)
-    tl.store(q_ptr + row * I + tail, quantized_bits(rest, peak), mask=tail < I)
+    col = columns(PART)
+    gate_ptr = gate_up_ptr + row * row_stride
+    up_ptr = gate_ptr + I
+    join(CHAINED)
+    release(CHAINED)
+    gates, ups, ys = (), (), ()
+    for part in tl.static_range(PARTS):
+        gates += (load_part(gate_ptr + part * PART, col, I - part * PART),)
+        ups += (load_part(up_ptr + part * PART, col, I - part * PART),)
+    loaded = mixed(gates[0], ups[0], ups[PARTS - 1])
+    for part in tl.static_range(1, PARTS):
+        loaded = mixed(loaded, gates[part], ups[part])
+    for part in tl.static_range(PARTS):
+        gate = after(gates[part], loaded, rows)
+        ys += ((gelu(gate).to(tl.float32) * ups[part].to(tl.float32)).to(dtype),)
+    largest = magnitudes(ys[0].to(tl.float32))
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, magnitudes(ys[part].to(tl.float32)))
+    peak = tl.max(largest, 1, keep_dims=True)
+    store_row(ys, peak, q_ptr + row * I, col, I, PARTS, PART, dtype != tl.float32)
     tl.store(scale_ptr + row + tl.zeros_like(peak), scale_of(peak))
 
 
@@ -78,8 +88,10 @@ def geglu_fp8_launch(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     q, scale = empty_quantized(rows, width, gate_up.device)
     if rows:
+        warps = 16 if width > 4096 else 8 if rows < 4096 else 4
         _geglu_fp8_kernel[(rows,)](
-            gate_up, q.view(torch.uint8), scale, gate_up.stride(0), I=width, **split_row_tile(width)
+            gate_up, q.view(torch.uint8), scale, gate_up.stride(0), rows,
+            I=width, **row_parts(width, warps), **chained(gate_up),
         )  # fmt: skip
     return q, scale
 

@@ -7,11 +7,13 @@ Source: HF `Gemma4ForCausalLM.forward`; on a CPU the bits are its bits.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
+from triton.language.target_info import cuda_capability_geq
 
 from gemcutter.ops.arguments import FLOATS
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import linear
+from gemcutter.ops.tanh import INTERPRETED, tanh
 
 
 def logits(hidden: torch.Tensor, head: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -51,24 +53,48 @@ def softcap_reference_(x: torch.Tensor, cap: float) -> None:
 
 
 @triton.jit
-def _softcap_kernel(x_ptr, size, inverse_cap, cap, BLOCK: tl.constexpr):
+def _softcap_kernel(x_ptr, size, inverse_cap, cap, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    dtype = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = (x * inverse_cap).to(dtype).to(tl.float32)
-    # libdevice's tanh flushes denormals, PyTorch's does not; below 2^-13 tanh(x) rounds to x.
-    x = tl.where(tl.abs(x) < 1e-30, x, libdevice.tanh(x)).to(dtype).to(tl.float32)
-    tl.store(x_ptr + at, (x * cap).to(dtype), mask=inside)
+    join(CHAINED)
+    release(CHAINED)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    y = _rounded(x.to(tl.float32) * inverse_cap, x.dtype)
+    y = _rounded(tanh(y), x.dtype)
+    tl.store(x_ptr + at, (y * cap).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """float32 -> float32"""
+    if dtype != tl.bfloat16 or INTERPRETED or not cuda_capability_geq(9, 0):
+        return x.to(dtype).to(tl.float32)
+    else:
+        # Two at a time: one by one a conversion takes the unit of ex2 and rcp, which bounds this kernel.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 pair;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 $0, pair, 16;
+            and.b32 $1, pair, 0xFFFF0000;
+            }""",
+            "=f,=f,f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
 
 
 def softcap_launch_(x: torch.Tensor, cap: float) -> None:
-    if x.numel():
-        block = 2048
+    size = x.numel()
+    if size:
+        # Few elements need many threads, many need programs that move more than it takes to start them.
+        block, warps = (1024, 8) if size <= 2**20 else (2048, 8) if size <= 2**22 else (4096, 4)
         # PyTorch on a GPU divides by a scalar as a product with its float inverse; so do we, for its bits.
         inverse = (torch.ones((), device="cpu") / cap).item()
-        _softcap_kernel[(triton.cdiv(x.numel(), block),)](
-            x, x.numel(), inverse, cap, BLOCK=block, num_warps=4, enable_fp_fusion=False
+        _softcap_kernel[(triton.cdiv(size, block),)](
+            x, size, inverse, cap, BLOCK=block, num_warps=warps, enable_fp_fusion=False, **chained(x)
         )
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.embed import check_token_ids, embed_reference, rounded
 from gemcutter.ops.library import define
 from gemcutter.ops.mean_square import mean_square
@@ -73,6 +74,7 @@ def per_layer_inputs_reference(projected, token_ids, table, weight, scale, eps) 
 def _per_layer_inputs_kernel(
     projected_ptr, ids_ptr, table_ptr, weight_ptr, out_ptr, projected_stride, table_stride, rows, scale, root, half,
     eps, L: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """A row is one layer of one token."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -82,10 +84,12 @@ def _per_layer_inputs_kernel(
     dtype = out_ptr.dtype.element_ty
     token, layer = row // L, row % L
     at = layer * P + col
+    weight = tl.load(weight_ptr + col, mask=col < P, other=0.0).to(tl.float32)
+    join(CHAINED)
+    release(CHAINED)
     token_id = tl.load(ids_ptr + token, mask=present, other=0)
     identity = tl.load(table_ptr + token_id * table_stride + at, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(projected_ptr + token * projected_stride + at, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + col, mask=col < P, other=0.0).to(tl.float32)
     identity = (identity * root).to(dtype).to(tl.float32)
     x = (x * scale).to(dtype).to(tl.float32)
     x = (x * tl.rsqrt(mean_square(x, P) + eps) * weight).to(dtype).to(tl.float32)
@@ -99,11 +103,12 @@ def per_layer_inputs_launch(projected, token_ids, table, weight, scale, eps) -> 
     out = torch.empty(tokens, layers, width, dtype=projected.dtype, device=projected.device)
     if tokens:
         block = triton.next_power_of_2(width)
-        rows = max(1, 1024 // block)  # of 256 elements, a warp each
+        rows = max(1, 1024 // block)  # of 256 elements, two a warp
         _per_layer_inputs_kernel[(triton.cdiv(tokens * layers, rows),)](
             projected, token_ids, table, weight, out, projected.stride(0), table.stride(0), tokens * layers, scale,
             rounded(width**0.5, table.dtype), 2.0**-0.5, eps,
-            L=layers, P=width, ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+            L=layers, P=width, ROWS=rows, BLOCK=block, num_warps=2, enable_fp_fusion=False,
+            **chained(projected),
         )  # fmt: skip
     return out
 

@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from gemcutter.ops.arguments import check_matrix
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.rms_norm import row_tile
+from gemcutter.ops.tanh import INTERPRETED
 
 LARGEST = tl.constexpr(448.0)  # of e4m3fn, which has no infinities
 FLOOR = tl.constexpr(1e-10)  # of a row's largest magnitude: no division by zero
@@ -69,11 +71,10 @@ def quantize_fp8_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit
-def e4m3_bits(x, signed):
-    """float32 -> the bits of the e4m3 nearest to |x| under the sign of `signed`, as uint8; 448 for all beyond, not
-    for NaN.
+def e4m3_bits(x):
+    """float32 -> the bits of the nearest e4m3 as uint8; 448 for all beyond, not for NaN.
 
-    Without Triton's own cast, which is wrong in its interpreter and another routine on each target. To |x| is added
+    For targets without an instruction, and the interpreter, whose own cast is wrong. To |x| is added
     2^20 times the power of two below it (at least 2^-6, where e4m3's denormals begin): the sum has no bits below
     e4m3's last place, and was rounded to it. It also carries e4m3's exponent in, above the mantissa's three bits.
     """
@@ -81,65 +82,119 @@ def e4m3_bits(x, signed):
     power = tl.maximum(size.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
     shifter = power + (20 << 23) + ((power >> 20) - (121 << 3))
     shifted = size + shifter.to(tl.float32, bitcast=True)
-    sign = (signed.to(tl.int32, bitcast=True) >> 24) & 0x80
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     return (shifted.to(tl.int32, bitcast=True) | sign).to(tl.uint8)
 
 
 @triton.jit
 def row_peak(x):
     """[rows, B] float32 -> [rows, 1] int32, the bits of the largest magnitude, ordered like floats, NaN on top."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
+    return tl.max(magnitudes(x), 1, keep_dims=True)
+
+
+@triton.jit
+def magnitudes(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def scale_of(peak):
+    """peak / 448 as IEEE rounds it: a product, corrected by its exact remainder, is that for every mantissa."""
     largest = peak.to(tl.float32, bitcast=True)
-    return tl.div_rn(tl.where(peak < 0x7F800000, tl.maximum(largest, FLOOR), largest), LARGEST)
+    floored = tl.maximum(largest, FLOOR)
+    quotient = floored * (1.0 / LARGEST)
+    quotient = tl.fma(tl.fma(quotient, -LARGEST, floored), 1.0 / LARGEST, quotient)
+    return tl.where(peak < 0x7F800000, quotient, largest)
 
 
 @triton.jit
-def quantized_bits(x, peak):
-    """[rows, B] float32, [rows, 1] of its rows -> uint8 [rows, B]."""
-    return tl.where(peak < 0x7F800000, e4m3_bits(_divide(x, scale_of(peak)), x), 0x7F)
+def quantized_bits(x, peak, SHORT: tl.constexpr = False):
+    """[rows, B] float32, [rows, 1] of its rows -> uint8 [rows, B].
+
+    SHORT: x has the mantissa of a bfloat16 or float16.
+    """
+    finite = peak < 0x7F800000
+    quotient = divide(x, tl.where(finite, scale_of(peak), float("nan")), SHORT)
+    if INTERPRETED or not cuda_capability_geq(9, 0):
+        return tl.where(finite, e4m3_bits(quotient), 0x7F)
+    else:
+        return quotient.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
-def _divide(x, scale):
-    """x / scale with IEEE's rounding, the sign of a zero aside, in 5 operations; a division takes 12 and a branch.
+def divide(x, scale, SHORT: tl.constexpr):
+    """x / scale with IEEE's rounding in 3 or 5 operations; a division takes 12 and a branch.
 
     Markstein: a quotient next to the true one, corrected by its exact remainder times the correctly rounded
-    inverse, is the correctly rounded quotient. The first correction brings it next to the true one. Where a
-    remainder underflows, x / scale is below 2^-40, which is 0 in e4m3.
+    inverse, is the correctly rounded quotient. The first correction brings it next to the true one. A SHORT x over
+    a 448th of another is never so near the middle of two floats that it takes more than that, nor an exact inverse
+    (tried for all pairs of mantissas). Where a remainder underflows, x / scale is below 2^-40, which is 0 in e4m3.
     """
-    inverse, minus = tl.div_rn(1.0, scale), -scale
-    quotient = x * inverse
-    quotient = tl.fma(tl.fma(quotient, minus, x), inverse, quotient)
-    return tl.fma(tl.fma(quotient, minus, x), inverse, quotient)
+    inverse = 1.0 / scale if SHORT else tl.div_rn(1.0, scale)
+    quotient = _corrected(x * inverse, x, scale, inverse)
+    return quotient if SHORT else _corrected(quotient, x, scale, inverse)
+
+
+@triton.jit
+def _corrected(quotient, x, scale, inverse):
+    """The remainder is taken negative, so that a zero keeps its sign."""
+    return tl.fma(tl.fma(quotient, scale, x * -1.0), inverse * -1.0, quotient)  # -x is 0 - x to Triton
+
+
+@triton.jit
+def columns(PART: tl.constexpr):
+    """[1, PART]; a thread is to store what it loaded: for 16 bytes a store it would exchange them first."""
+    return tl.max_contiguous(tl.arange(0, PART), 8)[None, :]
 
 
 @triton.jit
 def _quantize_fp8_kernel(
-    x_ptr, q_ptr, scale_ptr, row_stride, H: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
-):
+    x_ptr, q_ptr, scale_ptr, row_stride,
+    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    SHORT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     row = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEAD)[None, :]
-    tail = HEAD + tl.arange(0, TAIL)[None, :]
-    inside = tail < H
-    start = x_ptr + row * row_stride
-    x = tl.load(start + head).to(tl.float32)
-    rest = tl.load(start + tail, mask=inside, other=0.0).to(tl.float32)
-    peak = tl.maximum(row_peak(x), row_peak(rest))
-    tl.store(q_ptr + row * H + head, quantized_bits(x, peak))
-    tl.store(q_ptr + row * H + tail, quantized_bits(rest, peak), mask=inside)
+    col = columns(PART)
+    x_ptr += row * row_stride
+    join(CHAINED)
+    release(CHAINED)
+    xs = ()
+    for part in tl.static_range(PARTS):
+        xs += (load_part(x_ptr + part * PART, col, H - part * PART),)
+    largest = magnitudes(xs[0].to(tl.float32))
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, magnitudes(xs[part].to(tl.float32)))
+    peak = tl.max(largest, 1, keep_dims=True)
+    store_row(xs, peak, q_ptr + row * H, col, H, PARTS, PART, SHORT)
     tl.store(scale_ptr + row + tl.zeros_like(peak), scale_of(peak))
+
+
+@triton.jit
+def load_part(ptr, col, LEFT: tl.constexpr):
+    """Of a row with LEFT columns from ptr on."""
+    if col.shape[1] <= LEFT:
+        return tl.load(ptr + col)
+    else:
+        return tl.load(ptr + col, mask=col < LEFT, other=0.0)
+
+
+@triton.jit
+def store_row(xs, peak, ptr, col, H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SHORT: tl.constexpr):
+    for part in tl.static_range(PARTS):
+        bits = quantized_bits(xs[part].to(tl.float32), peak, SHORT)
+        if part * PART + PART <= H:
+            tl.store(ptr + part * PART + col, bits)
+        else:
+            tl.store(ptr + part * PART + col, bits, mask=col < H - part * PART)
 
 
 def quantize_fp8_launch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape
     q, scale = empty_quantized(rows, width, x.device)
     if rows:
+        warps = 4 if width <= 3072 else 8 if width <= 8192 else 16
         _quantize_fp8_kernel[(rows,)](
-            x, q.view(torch.uint8), scale, x.stride(0), H=width, **split_row_tile(width)
+            x, q.view(torch.uint8), scale, x.stride(0), H=width, **row_parts(width, warps), **chained(x)
         )  # fmt: skip
     return q, scale
 
@@ -149,17 +204,10 @@ def empty_quantized(rows: int, width: int, device: torch.device) -> tuple[torch.
     return q, torch.empty(rows, 1, dtype=torch.float32, device=device)
 
 
-def split_row_tile(width: int) -> dict[str, int]:
-    """Launch settings of a kernel that holds one row a program as two tiles, the larger power of two and the rest.
-
-    One tile of 8192 leaves a third of it idle at 5376, and arithmetic, not memory, bounds these kernels; 4096 and
-    2048 leave an eighth. 16 warps on rows from 8193 (31B's MLP has 21504): on gfx942 the 1024 lanes of a block.
-    """
-    tile = row_tile(width)
-    block = tile.pop("BLOCK")
-    head = max(block // 2, 1)
-    tail = triton.next_power_of_2(max(width - head, 1))
-    return tile | dict(HEAD=head, TAIL=tail, num_warps=max(tile["num_warps"], min(16, block // 1024)))
+def row_parts(width: int, warps: int) -> dict[str, int]:
+    """Launch settings of a kernel that holds a row of `width` in parts, 4 columns a thread each."""
+    part = 128 * warps
+    return dict(PARTS=triton.cdiv(width, part), PART=part, num_warps=warps, enable_fp_fusion=False)
 
 
 _quantize_fp8 = define(

@@ -4,15 +4,16 @@ import triton
 import triton.language as tl
 
 
-def elementwise_tile(width: int) -> dict[str, int]:
-    """Launch settings for rows of `width` elements: 1024 a program, in 16-byte loads on 4 warps.
+def elementwise_tile(width: int, elements: int) -> dict[str, int]:
+    """Launch settings for rows of `width`: so many elements a program, in 16-byte loads on 4 warps.
 
-    COLS divides the width where a power of two from 64 does (704 and 2112 are multiples of 64, all wider MLPs of
-    1024), so that no lane idles: 1024 columns of 2112 would leave a third of them without work.
+    elements: as many as to move 6 KiB or more: a multiprocessor starts a program in 160 ns, in which it could have
+    moved 5. COLS divides the width where a power of two from 64 does (704 and 2112 are multiples of 64, all wider
+    MLPs of 1024), so that no lane idles: 1024 columns of 2112 would leave a third of them without work.
     """
     divisor = width & -width
-    cols = min(divisor, 1024) if divisor >= 64 else min(triton.next_power_of_2(width), 1024)
-    return dict(ROWS=1024 // cols, COLS=cols, num_warps=4, enable_fp_fusion=False)
+    cols = min(divisor, elements) if divisor >= 64 else min(triton.next_power_of_2(width), elements)
+    return dict(ROWS=elements // cols, COLS=cols, num_warps=4, enable_fp_fusion=False)
 
 
 @triton.jit
