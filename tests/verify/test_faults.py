@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parents[2] / "src" / "gemcutter"
 FAULTS = {
     "rounding left out": (
         "attention_seam",
-        "x = (x * tl.rsqrt(mean_square(x, H) + eps) * weight).to(dtype).to(tl.float32)",
-        "x = x * tl.rsqrt(mean_square(x, H) + eps) * weight",
+        "ys += ((y * scales[part].to(tl.float32)).to(dtype).to(tl.float32) * root,)",
+        "ys += (y * scales[part].to(tl.float32) * root,)",
         {"normal", "1e-4"},
     ),
     "rounding in another place": (
         "rms_norm",
-        "y = x * tl.rsqrt(mean_square(x, H) + eps)",
-        "y = (x * tl.rsqrt(mean_square(x, H) + eps)).to(y_ptr.dtype.element_ty).to(tl.float32)",
+        "y = xs[part].to(tl.float32) * factor",
+        "y = (xs[part].to(tl.float32) * factor).to(y_ptr.dtype.element_ty).to(tl.float32)",
         {"normal", "1e-4", "1e4", "heavy tails", "ties"},
     ),
     "tie rule dropped": (
@@ -33,8 +33,8 @@ FAULTS = {
     ),
     "tail mask off by one": (
         "rms_norm",
-        "inside = col < H",
-        "inside = col < H - 1",
+        "store_row(y_ptr + row.to(tl.int64) * H, ys, real, H, PARTS, PART)",
+        "store_row(y_ptr + row.to(tl.int64) * H, ys, real, H - 1, PARTS, PART)",
         {"normal", "constant", "zeros", "one huge", "nan"},
     ),
 }

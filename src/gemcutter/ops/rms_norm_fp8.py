@@ -10,18 +10,19 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.mean_square import mean_square
 from gemcutter.ops.quantize_fp8 import (
     Quantized,
     check_quantized_width,
     empty_quantized,
+    magnitudes,
     quantize_fp8_reference,
     quantized_bits,
-    row_peak,
     scale_of,
 )
-from gemcutter.ops.rms_norm import rms_norm_reference, row_tile
+from gemcutter.ops.rms_norm import rms_norm_reference
+from gemcutter.ops.row import added, columns, load_row, norm_factor, normed, row_tile, store_row
 
 
 def rms_norm_fp8(
@@ -65,26 +66,36 @@ def rms_norm_fp8_reference(x, weight, eps, residual) -> list[torch.Tensor]:
 @triton.jit
 def _rms_norm_fp8_kernel(
     x_ptr, weight_ptr, residual_ptr, q_ptr, scale_ptr, hidden_ptr, x_stride, residual_stride, eps,
-    H: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr,
+    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = col < H
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-    if ADDED:
-        residual = tl.load(residual_ptr + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
-        hidden = (x + residual).to(dtype)
-        tl.store(hidden_ptr + row * H + col, hidden, mask=inside)
-        x = hidden.to(tl.float32)
-    y = x * tl.rsqrt(mean_square(x, H) + eps)
+    weight = None
     if WEIGHTED:
-        y = y * tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    # Past the row's end 0 times an infinite factor would be NaN, and the largest of its row.
-    y = tl.where(inside, y.to(dtype).to(tl.float32), 0.0)
-    peak = row_peak(y)
-    tl.store(q_ptr + row * H + col, quantized_bits(y, peak), mask=inside)
-    tl.store(scale_ptr + row + tl.zeros_like(peak), scale_of(peak))
+        weight = load_row(weight_ptr, None, H, PARTS, PART)
+    join(CHAINED)
+    release(CHAINED)
+    x = load_row(x_ptr + row * x_stride, None, H, PARTS, PART)
+    if ADDED:
+        x = added(x, load_row(residual_ptr + row * residual_stride, None, H, PARTS, PART))
+        store_row(hidden_ptr + row * H, x, None, H, PARTS, PART)
+    factor = norm_factor(x, eps, H)
+    x = normed(x, factor, weight)
+    ys = ()
+    for part in tl.static_range(PARTS):
+        y = x[part].to(tl.float32)
+        if part * PART + PART > H:  # past the row's end 0 times an infinite factor is NaN, the largest of its row
+            y = tl.where(columns(PART) < H - part * PART, y, 0.0)
+        ys += (y,)
+    largest = tl.abs(ys[0])
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, tl.abs(ys[part]), propagate_nan=tl.PropagateNan.ALL)
+    peak = tl.max(magnitudes(largest))
+    qs = ()
+    for part in tl.static_range(PARTS):
+        qs += (quantized_bits(ys[part], peak, x_ptr.dtype.element_ty != tl.float32),)
+    store_row(q_ptr + row * H, qs, None, H, PARTS, PART)
+    tl.store(scale_ptr + row, scale_of(peak))
 
 
 def rms_norm_fp8_launch(x, weight, eps, residual) -> list[torch.Tensor]:
@@ -96,7 +107,7 @@ def rms_norm_fp8_launch(x, weight, eps, residual) -> list[torch.Tensor]:
         _rms_norm_fp8_kernel[(rows,)](
             x, weight, residual, q.view(torch.uint8), scale, hidden[0] if added else None,
             x.stride(0), residual.stride(0) if added else 0, eps,
-            H=width, WEIGHTED=weight is not None, ADDED=added, **row_tile(width),
+            H=width, WEIGHTED=weight is not None, ADDED=added, **row_tile(width), **chained(x),
         )  # fmt: skip
     return [q, scale, *hidden]
 
