@@ -13,6 +13,7 @@ import torch
 from crowd import alone, check_crowd, mixed_request, next_turns, tight_budget
 from forward import write_config
 
+from gemcutter.cache.prefix import PrefixChain
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
 
@@ -71,3 +72,22 @@ def test_crowd_of_64_equals_alone_at_real_shapes(tmp_path, monkeypatch):
         print(f"{crowd}: {time.monotonic() - begin:.1f} s, {cold}, {warm}")
         assert bool(cold.preempted | warm.preempted) == ("short" in crowd)
         assert warm.cached_tokens
+
+
+@pytest.mark.gpu
+def test_answers_reused_by_the_next_turn_would_change_its_bits(tmp_path, monkeypatch):
+    """What the rule of prompt pages is for, and that this comparison of crowds sees it."""
+    write_config("26b", tmp_path)
+    requests = crowd_requests()
+    engine = start(tmp_path, disable_radix_cache=True)
+    wanted = alone(engine, requests)
+    turns = next_turns(requests, wanted, 10, CONTEXT - 6)
+    wanted |= alone(engine, turns)
+    del engine
+    torch.cuda.empty_cache()
+    all_of_it = property(lambda chain: len(chain.tokens), lambda chain, length: None)
+    monkeypatch.setattr(PrefixChain, "prompt_length", all_of_it, raising=False)
+    engine = start(tmp_path)
+    assert check_crowd(engine, requests, wanted, random.Random(1)).cached_tokens
+    with pytest.raises(AssertionError, match="goes on"):
+        check_crowd(engine, turns, wanted, random.Random(2))
