@@ -8,8 +8,8 @@ def elementwise_tile(width: int, elements: int) -> dict[str, int]:
     """Launch settings for rows of `width`: so many elements a program, in 16-byte loads on 4 warps.
 
     elements: as many as to move 6 KiB or more: an H200 starts 0.8 chained programs a ns, and could have moved 5 KiB
-    each in that time. COLS divides the width where a power of two from 64 does (704 and 2112 are multiples of 64, all wider
-    MLPs of 1024), so that no lane idles: 1024 columns of 2112 would leave a third of them without work.
+    each in that time. COLS divides the width where a power of two from 64 does (704 and 2112 are multiples of 64,
+    all wider MLPs of 1024), so that no lane idles: 1024 columns of 2112 would leave a third of them without work.
     """
     divisor = width & -width
     cols = min(divisor, elements) if divisor >= 64 else min(triton.next_power_of_2(width), elements)
