@@ -16,7 +16,6 @@ from gemcutter.ops.load_order import after, mixed
 from gemcutter.ops.quantize_fp8 import (
     Quantized,
     check_quantized_width,
-    columns,
     empty_quantized,
     load_part,
     magnitudes,
@@ -25,6 +24,7 @@ from gemcutter.ops.quantize_fp8 import (
     scale_of,
     store_row,
 )
+from gemcutter.ops.row import columns
 
 
 def geglu_fp8(gate_up: torch.Tensor) -> Quantized:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.arguments import check_rows
-from gemcutter.ops.mean_square import mean_square_of_halves
+from gemcutter.ops.mean_square import mean_square_of_parts
 
 
 def check_heads(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
@@ -83,5 +83,5 @@ def store_halves(ptr, low, high, mask, D: tl.constexpr):
 @triton.jit
 def norm_halves(low, high, eps, D: tl.constexpr):
     """Without weight, not rounded."""
-    scale = tl.rsqrt(mean_square_of_halves(low, high, D) + eps)  # PyTorch's pow(-0.5) is rsqrt, on CPU and GPU
+    scale = tl.rsqrt(mean_square_of_parts((low, high), D) + eps)  # PyTorch's pow(-0.5) is rsqrt, on CPU and GPU
     return low * scale, high * scale

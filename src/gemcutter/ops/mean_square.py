@@ -44,14 +44,8 @@ def mean_square(x, H: tl.constexpr):
 
 
 @triton.jit
-def mean_square_of_halves(low, high, H: tl.constexpr):
-    """The same of rows held in two tiles, [rows, H/2] each, H/2 a power of two from 8."""
-    return mean_square_of_parts((low, high), H)
-
-
-@triton.jit
 def mean_square_of_parts(xs, H: tl.constexpr):
-    """The same of rows held in tiles of one shape, side by side, of any float dtype.
+    """The same of rows held in tiles of one shape, side by side, powers of two from 8 wide, of any float dtype.
 
     One row's is a scalar: as a tensor of one it would take the layout of its sum, and whole rows would be moved to
     meet it there.

@@ -17,6 +17,7 @@ from triton.language.target_info import cuda_capability_geq
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
+from gemcutter.ops.row import columns
 from gemcutter.ops.tanh import INTERPRETED
 
 LARGEST = tl.constexpr(448.0)  # of e4m3fn, which has no infinities
@@ -87,13 +88,8 @@ def e4m3_bits(x):
 
 
 @triton.jit
-def row_peak(x):
-    """[rows, B] float32 -> [rows, 1] int32, the bits of the largest magnitude, ordered like floats, NaN on top."""
-    return tl.max(magnitudes(x), 1, keep_dims=True)
-
-
-@triton.jit
 def magnitudes(x):
+    """Bits of |x|: as integers they order like the floats, with NaN on top."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -139,12 +135,6 @@ def divide(x, scale, SHORT: tl.constexpr):
 def _corrected(quotient, x, scale, inverse):
     """The remainder is taken negative, so that a zero keeps its sign."""
     return tl.fma(tl.fma(quotient, scale, x * -1.0), inverse * -1.0, quotient)  # -x is 0 - x to Triton
-
-
-@triton.jit
-def columns(PART: tl.constexpr):
-    """[1, PART]; a thread is to store what it loaded: for 16 bytes a store it would exchange them first."""
-    return tl.max_contiguous(tl.arange(0, PART), 8)[None, :]
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from gemcutter.ops.mean_square import mean_square_of_parts, mean_squares_of_rows
 
 @triton.jit
 def columns(PART: tl.constexpr):
-    """[1, PART]; a thread is to store the 8 that it loaded: for 16 bytes a store it would exchange them first."""
+    """[1, PART]; a thread is to store what it loaded: for 16 bytes a store it would exchange them first."""
     return tl.max_contiguous(tl.arange(0, PART), 8)[None, :]
 
 
@@ -93,9 +93,9 @@ def added(xs, ys):
 def row_tile(width: int) -> dict[str, int]:
     """Launch settings of a kernel that holds one row a program.
 
-    As few warps as hold the row with 40 elements a lane, since each waits for all: 8192 rows of 26B-A4B's layer seam
-    take 84 µs with 4 warps and 115 with 8. 16 at most, a block's limit on gfx942. No fused multiply-add: PyTorch
-    rounds a product before it is added.
+    As few warps as hold the row with 40 elements a lane, since each waits for all: 8192 rows of 26B-A4B's layer
+    seam take 84 µs with 4 warps and 115 with 8. 16 at most, a block's limit on gfx942. No fused multiply-add:
+    PyTorch rounds a product before it is added.
     """
     warps = min(16, triton.next_power_of_2(triton.cdiv(width, 1280)))
     part = min(256 * warps, max(8, triton.next_power_of_2(width)))
