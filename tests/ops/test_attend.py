@@ -46,7 +46,7 @@ def hf_attention(q, k, v, seen) -> torch.Tensor:
     mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
     module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False)
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return eager_attention_forward(module, *heads, mask[None, None], scaling=1.0)[0][0]
+    return eager_attention_forward(module, *heads, mask[None, None].to(q.device), scaling=1.0)[0][0]
 
 
 @pytest.mark.parametrize("page_size", [8, 64])
