@@ -2,8 +2,8 @@
 
 Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`); down = linear; * weight in
 float; each rounded to the dtype. A token's slots are then added in ascending expert id, rounded after each.
-Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits, were its products
-made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
+Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits, were its
+products made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
 
 On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N]
 activations, a second one the [slots, H] outputs, and a last kernel adds them up. Many tokens on Hopper go through
