@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 
 ONE = tl.constexpr(2.0**40)  # a scaled sum of 1, as an integer
-LOW, HIGH = (
-    tl.constexpr(-126),
-    tl.constexpr(126),
-)  # bounds of the scale's exponent: it and its reciprocal are normal
+# Bounds of the scale's exponent: it and its reciprocal are normal.
+LOW, HIGH = tl.constexpr(-126), tl.constexpr(126)
 
 
 def mean_square_reference(wide: torch.Tensor) -> torch.Tensor:
