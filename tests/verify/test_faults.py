@@ -27,8 +27,8 @@ FAULTS = {
     ),
     "tie rule dropped": (
         "select_experts",
-        "chosen = tl.min(tl.where(left == best, expert, E_BLOCK), axis=0)",
-        "chosen = tl.max(tl.where(left == best, expert, -1), axis=0)",
+        "chosen = tl.min(candidate, axis=0)",
+        "chosen = tl.max(tl.where(candidate < E, candidate, -1), axis=0)",
         {"ties", "constant", "zeros"},
     ),
     "tail mask off by one": (

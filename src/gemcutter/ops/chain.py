@@ -1,8 +1,10 @@
 """Programmatic dependent launch: a kernel starts while its predecessor ends, and waits before it touches memory.
 
 On Hopper and later a kernel of ours may be on the card before the one ahead of it is done; what it does until
-`join` (addresses, loads of weights) is free. Every chained kernel joins before its first access to anything that a
-kernel writes, so what it sees is what it would see without chaining. Source: CUDA programming guide, programmatic
+`join` (addresses, loads of weights) is free. Every chained kernel joins before its first access to anything but its
+weights, so what it sees is what it would see without chaining. Weights (of norms, linears and experts, scales,
+rope tables) are taken for parameters: none may be the result of one of our ops launched just before on the same
+stream, unless a kernel of PyTorch's, which waits for all before it, stands between. Source: CUDA programming guide, programmatic
 dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
 """
 
