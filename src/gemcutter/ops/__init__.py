@@ -1,7 +1,7 @@
 """The ops of a Gemma 4 layer, each usable alone: `from gemcutter.ops import rms_norm`.
 
-Every one has the bits of its plain PyTorch reference in the file of its name, which also says shapes and sources. On
-Hopper their kernels are chained (`chain.py`): pass as a weight no result of the op called just before.
+Every one has the bits of its plain PyTorch reference in the file of its name, which also says shapes and sources.
+On Hopper their kernels are chained (`chain.py`): pass as a weight no result of the op called just before.
 """
 
 from gemcutter.ops.attention_seam import attention_seam
