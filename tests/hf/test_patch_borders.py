@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 import gemcutter
 from gemcutter.hf.patch import OURS
@@ -248,6 +248,30 @@ def test_a_norm_that_is_replaced(hf_sums_as_we_do):
     model.model.layers[1].pre_feedforward_layernorm = nn.Identity()
     found = logits(model)
     assert torch.equal(logits(gemcutter.unpatch(model)), found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["input_layernorm.weight", "post_attention_layernorm.weight", "router.scale", "router.per_expert_scale"],
+)
+def test_weights_with_gaps(name, hf_sums_as_we_do):
+    """HF takes any strides, the ops dense weights only."""
+    model = make("moe")
+    for layer in model.model.layers:
+        weight = layer.get_parameter(name)
+        weight.data = torch.stack([weight.data] * 2, -1)[:, 0]
+    expected = logits(model)
+    assert torch.equal(logits(gemcutter.patch(model)), expected)
+
+
+@pytest.mark.parametrize("experts, top_k", [(40, 33), (1025, 4)])
+def test_more_experts_than_the_op_takes(experts, top_k, hf_sums_as_we_do):
+    fields = tiny_models.KINDS["moe"] | {"num_experts": experts, "top_k_experts": top_k, "num_hidden_layers": 1}
+    config = Gemma4TextConfig(**fields | {"layer_types": ["full_attention"]})
+    torch.manual_seed(0)
+    model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    expected = logits(model)
+    assert torch.equal(logits(gemcutter.patch(model)), expected)
 
 
 def test_copies_and_pickles(tmp_path):

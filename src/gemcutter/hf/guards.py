@@ -16,7 +16,7 @@ def takes_ops(module: nn.Module, x: torch.Tensor, *weights: torch.Tensor | None)
 
     Args:
         x: what the module is called with.
-        weights: those that an op reads beside x; they need x's dtype and device.
+        weights: those that an op reads beside x; they need x's dtype and device, and be dense.
     """
     if module.training or type(x) is not torch.Tensor or x.dtype not in FLOATS or x.stride(-1) != 1:
         return False
@@ -26,7 +26,12 @@ def takes_ops(module: nn.Module, x: torch.Tensor, *weights: torch.Tensor | None)
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False
-    return all(w is None or (w.dtype == x.dtype and w.device == x.device and w.is_contiguous()) for w in weights)
+    return all(w is None or is_dense_like(w, x) for w in weights)
+
+
+def is_dense_like(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Of x's dtype, on its device, and contiguous."""
+    return weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous()
 
 
 def stands_for(module: nn.Module, kind: type) -> bool:

@@ -50,7 +50,7 @@ class Layer:
             attended, residual, post.weight, pre.weight, post.eps, expert_pre.weight, self.router.scale
         )
         out = _rows(self.mlp(mlp_in.view(shape)))
-        if stands_for(self.router, Router):
+        if stands_for(self.router, Router) and self.router.selects():
             ids, weights = self.router.select(self.router.proj(router_in))
         else:
             _, weights, ids = self.router(hidden)
@@ -63,17 +63,17 @@ class Layer:
 
     def _fuses(self, x: torch.Tensor, per_layer_input: torch.Tensor | None) -> bool:
         norms = [self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm]
-        weights = [self.layer_scalar]
+        scale, others = None, [self.layer_scalar]
         if getattr(self, "hidden_size_per_layer_input", 0):
             if not is_gelu_tanh(self):
                 return False
             norms.append(self.post_per_layer_input_norm)
-            weights.append(per_layer_input)
+            others.append(per_layer_input)
         if getattr(self, "enable_moe_block", False):
             norms += [self.pre_feedforward_layernorm_2, self.router.norm]
             norms += [self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2]
-            weights.append(self.router.scale)
-        return takes_ops(self, x) and fusable(x, *norms) and all(w.dtype == x.dtype for w in weights)
+            scale = self.router.scale
+        return takes_ops(self, x, scale) and fusable(x, *norms) and all(w.dtype == x.dtype for w in others)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

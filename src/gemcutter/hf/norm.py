@@ -2,7 +2,7 @@
 
 import torch
 
-from gemcutter.hf.guards import stands_for, takes_ops
+from gemcutter.hf.guards import is_dense_like, stands_for, takes_ops
 from gemcutter.ops import rms_norm
 
 
@@ -16,10 +16,10 @@ class Norm:
 
 
 def fusable(x: torch.Tensor, *norms: torch.nn.Module) -> bool:
-    """Whether ops may compute these norms: untouched, of one eps, weights like x."""
+    """Whether ops may compute these norms: untouched, of one eps, weights dense and like x."""
     return all(
         stands_for(norm, Norm)
         and norm.eps == norms[0].eps
-        and (not norm.with_scale or (norm.weight.dtype == x.dtype and norm.weight.device == x.device))
+        and (not norm.with_scale or is_dense_like(norm.weight, x))
         for norm in norms
     )
