@@ -46,17 +46,7 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6), sharey=True)
     norm = TwoSlopeNorm(1.0, 0.5, 3.0)
     draw(left, ratio, ops, counts, ".2f", "best peer's time / ours (1: as fast)", cmap="RdYlGn", norm=norm)
-    draw(
-        right,
-        share,
-        ops,
-        counts,
-        ".0%",
-        "share of the floor",
-        cmap="YlGn",
-        vmin=0,
-        vmax=1,
-    )
+    draw(right, share, ops, counts, ".0%", "share of the floor", cmap="YlGn", vmin=0, vmax=1)
     figure.suptitle(f"{found['device']}, bfloat16, means over the released shapes", fontsize=11)
     figure.tight_layout()
     figure.savefig(args.picture)

@@ -1,6 +1,7 @@
 """What verify compares, and how: bits, poisoned memory, inputs of every kind, the released shapes."""
 
 import dataclasses
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -186,6 +187,14 @@ def test_refuses(capsys, monkeypatch, flags, says):
     with pytest.raises(SystemExit) as caught:
         main(["verify", *flags])
     assert caught.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_compiles_whatever_the_environment_says_of_interpreting(monkeypatch, asked):
+    monkeypatch.setenv("TRITON_INTERPRET", asked)
+    with pytest.raises(SystemExit):  # after the environment is set, before anything is compiled
+        main(["verify", "--compile", "--op", "embed"])
+    assert os.environ["TRITON_INTERPRET"] == "0"
 
 
 @pytest.mark.gpu

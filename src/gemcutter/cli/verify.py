@@ -38,13 +38,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.compile:
-        return _compile(args)
     import torch  # seconds, for which no --help should wait
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, by the imports below
+    interpreted = not (on_gpu or args.compile)
+    os.environ["TRITON_INTERPRET"] = str(int(interpreted))  # read when a kernel is defined, by the imports below
+    if args.compile:
+        return _compile(args)
+    if interpreted:
         torch.set_num_threads(1)  # PyTorch's scalar code, where threads cut a row, has other bits
     from gemcutter.verify.cases import all_cases
     from gemcutter.verify.check import check
