@@ -73,6 +73,25 @@ def test_layer_seam_is_hf(tokens, dtype, hf_sums_as_we_do):
         same(layer_seam(out, residual, post, EPS, scalar, following, experts), want)
 
 
+@pytest.mark.parametrize("missing", ("dense_post", "expert_post"))
+def test_layer_seam_refuses_half_a_branch(missing):
+    """The reference would norm without that weight, where the kernel has none to read."""
+    x, (post, dense_post, expert_post) = rows(2, 64, torch.float32, 1), weights(3, 64, torch.float32)
+    routed = Routed(x, dense_post, expert_post)
+    layer_seam(x, x, post, 1e-6, routed=routed)
+    with pytest.raises(ValueError, match=f"routed lacks {missing}: "):
+        layer_seam(x, x, post, 1e-6, routed=routed._replace(**{missing: None}))
+
+
+@pytest.mark.parametrize("given", ("scalar", "next_norm"))
+def test_layer_seam_refuses_half_an_end(given):
+    x, (post, next_norm) = rows(2, 64, torch.float32, 1), weights(2, 64, torch.float32)
+    end = dict(scalar=torch.ones(1), next_norm=next_norm)
+    layer_seam(x, x, post, 1e-6, **end)
+    with pytest.raises(ValueError, match="come together"):
+        layer_seam(x, x, post, 1e-6, **{given: end[given]})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)

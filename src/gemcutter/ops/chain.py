@@ -3,9 +3,10 @@
 On Hopper and later a kernel of ours may be on the card before the one ahead of it is done; what it does until
 `join` (addresses, loads of weights) is free. Every chained kernel joins before its first access to anything but its
 weights, so what it sees is what it would see without chaining. Weights (of norms, linears and experts, scales,
-rope tables) are taken for parameters: none may be the result of one of our ops launched just before on the same
-stream, unless a kernel of PyTorch's, which waits for all before it, stands between. Source: CUDA programming
-guide, programmatic dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
+rope tables) are taken for parameters: none may be the result of one of our ops on the same stream, unless a kernel
+of PyTorch's, which waits for all before it, stands between. Another op of ours between is not enough: it may let
+its successor come before it has joined itself, and so while the one ahead of it still writes. Source: CUDA
+programming guide, programmatic dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
 """
 
 import functools

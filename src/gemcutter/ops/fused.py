@@ -5,8 +5,8 @@ def heads_fuse(head_dim: int, weight_offset: float = 0.0, v_scaled: bool = False
     """Whether qkv_rope_store, qkv_norm_ and k_eq_v_norm have a kernel for such heads.
 
     Those ops ask by themselves with the head dim, the only thing they see, and fall back to rms_norm and PyTorch
-    with the same bits. Who holds the modules, as a patch of a model does, asks with all three before calling an
-    op, and on False calls the modules as they are.
+    with the same bits. Who holds the modules, as a patch of a model does, also says what only these know before
+    calling an op, and on False calls the modules as they are.
 
     Args:
         head_dim: fused if a power of two, since a tile's side is one and a padded head would waste its lanes, from

@@ -62,6 +62,10 @@ def check_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_
     check_matrix("residual", residual, like=out)
     if (scalar is None) != (next_norm is None):
         raise ValueError("scalar and next_norm come together: one of them is None")
+    if not (routed is None) == (dense_post is None) == (expert_post is None):
+        given = dict(out=routed, dense_post=dense_post, expert_post=expert_post)
+        missing = ", ".join(name for name, x in given.items() if x is None)
+        raise ValueError(f"routed lacks {missing}: out, dense_post and expert_post come together")
     if scalar is not None:
         check_weight("scalar", scalar, 1, out)
     if routed is not None:

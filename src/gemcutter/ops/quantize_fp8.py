@@ -105,7 +105,7 @@ def scale_of(peak):
 
 @triton.jit
 def quantized_bits(x, peak, SHORT: tl.constexpr = False):
-    """[rows, B] float32, [rows, 1] of its rows -> uint8 [rows, B].
+    """[rows, B] float32, the peaks of its rows [rows, 1] or a scalar -> uint8 [rows, B].
 
     SHORT: x has the mantissa of a bfloat16 or float16.
     """
