@@ -1,8 +1,8 @@
 """The ops of a Gemma 4 layer, each usable alone: `from gemcutter.ops import rms_norm`.
 
 Every one has the bits of its plain PyTorch reference in the file of its name, which also says shapes and sources.
-On Hopper their kernels are chained (`chain.py`): what is passed as a model's weight may be no result of one of them,
-unless an operation of PyTorch's came after it. (The routing weights that `experts` takes are data, and may be.)
+On Hopper their kernels are chained (`chain.py`): what is passed as a model's weight may be no result of one of
+them, unless an operation of PyTorch's came after it. (The routing weights that `experts` takes are data, and may.)
 """
 
 from gemcutter.ops.attention_seam import attention_seam
