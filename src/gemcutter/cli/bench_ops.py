@@ -12,6 +12,7 @@ import json
 from rich.console import Console
 from rich.progress import Progress
 
+from gemcutter.cli.cases import add_case_flags, choose
 from gemcutter.cli.flags import Parser
 
 ROWS = (1, 8, 64, 256, 1024, 8192)
@@ -19,11 +20,7 @@ WIDTH = 132  # columns of the widest table: rich would rather cut cells than let
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
-    parser.add_argument("--shape", metavar="TEXT", help="only shapes whose name holds this, such as 26B-A4B")
-    parser.add_argument(
-        "--rows", action="append", type=_count, metavar="N", help="only this number of rows; may be given again"
-    )
+    add_case_flags(parser, least=1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,16 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from gemcutter.bench.warm import compile_ahead
     from gemcutter.verify.cases import all_cases
 
-    cases = [case for case in all_cases() if case.dtype is torch.bfloat16]
-    ops = sorted({case.op for case in cases})
-    for op in args.op or ():
-        if op not in ops:
-            args.parser.error(f"no op {op!r}; there are {', '.join(ops)}")
-    cases = [case for case in cases if case.op in (args.op or ops) and (args.shape or "") in case.shape]
-    if not cases:
-        args.parser.error(
-            f"no shape of {', '.join(args.op or ops)} holds {args.shape!r}; leave --shape out to see all"
-        )
+    cases = choose(args, [case for case in all_cases() if case.dtype is torch.bfloat16])
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     console = Console()
@@ -68,9 +56,3 @@ def run(args: argparse.Namespace) -> int:
         console.print(part, highlight=False, markup=False)
     print(json.dumps(report.as_json(rows, ceiling, properties.name)), flush=True)
     return 1 if any(row.refused for row in rows) else 0
-
-
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a number of rows, 1 or more, got {text}")

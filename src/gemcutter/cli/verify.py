@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from gemcutter.cli.cases import add_case_flags, choose
 from gemcutter.cli.flags import Parser
 
 INTERPRETED_ROWS = (0, 2)
@@ -29,11 +30,7 @@ WIDTH = 116  # columns of the widest table: rich would rather cut cells than let
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
-    parser.add_argument("--shape", metavar="TEXT", help="only shapes whose name holds this, such as 26B-A4B")
-    parser.add_argument(
-        "--rows", action="append", type=_count, metavar="N", help="only this number of rows; may be given again"
-    )
+    add_case_flags(parser, least=0)
     parser.add_argument("--compile", action="store_true", help="compile the kernels for each target; runs nothing")
 
 
@@ -52,15 +49,9 @@ def run(args: argparse.Namespace) -> int:
     from gemcutter.verify.inputs import ROWS, Kind
 
     cases = all_cases()
-    ops, shapes = sorted({case.op for case in cases}), args.shape or ""
-    if not on_gpu and not shapes:
+    if not on_gpu and not args.shape:
         cases = [case for case in cases if not case.shape.startswith(NOT_INTERPRETED)]
-    for op in args.op or ():
-        if op not in ops:
-            args.parser.error(f"no op {op!r}; there are {', '.join(ops)}")
-    chosen = [case for case in cases if case.op in (args.op or ops) and shapes in case.shape]
-    if not chosen:
-        args.parser.error(f"no shape of {', '.join(args.op or ops)} holds {shapes!r}; leave --shape out to see all")
+    chosen = choose(args, cases)
     if not on_gpu:
         from gemcutter.verify.interpreter import install
 
@@ -146,13 +137,3 @@ def _compile(args: argparse.Namespace) -> int:
         console.print(error, markup=False, highlight=False)
     print(json.dumps(dict(variants=variants, errors=errors)), flush=True)
     return 1 if errors else 0
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be a number of rows, 0 or more, got {text}")
-    return number
