@@ -21,7 +21,7 @@ class Router:
         scale = self.per_expert_scale
         return (
             len(scale) <= MAX_EXPERTS and self.config.top_k_experts <= MAX_TOP_K
-            and scale.is_contiguous() and scale.device == self.proj.weight.device
+            and scale.is_contiguous() and scale.device == self.scale.device
         )  # fmt: skip
 
     def select(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
