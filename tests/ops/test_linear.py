@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gemcutter.ops.linear import MOST_STREAMED, linear, linear_launch, linear_reference
-from gemcutter.ops.linear_hopper import streams
+from gemcutter.ops.linear_hopper import loads_by_tma
 
 # Weights [N, K] of released layers: qkv, o, gate and up, down, router; the longest sums; odd ones of small models.
 SHAPES = [(8192, 2816), (2816, 8192), (4224, 2816), (2816, 2112), (128, 2816), (5376, 21504), (2560, 10240)]
@@ -90,9 +90,9 @@ def test_gpu_small_and_odd_shapes(shape, dtype):
 @pytest.mark.gpu
 def test_gpu_both_kernels_have_the_bits_of_cublas_without_a_split():
     x, weight = case(64, 2816, 4096, torch.bfloat16, "cuda")
-    assert torch.cuda.get_device_capability() != (9, 0) or streams(x, weight)
+    assert torch.cuda.get_device_capability() != (9, 0) or loads_by_tma(x, weight)
     odd = torch.empty(64, 4097, dtype=x.dtype, device="cuda")[:, :4096].copy_(x)  # rows that TMA does not take
-    assert not streams(odd, weight)
+    assert not loads_by_tma(odd, weight)
     want = linear_reference(x, weight)
     assert torch.equal(linear_launch(x, weight), want) and torch.equal(linear_launch(odd, weight), want)
 

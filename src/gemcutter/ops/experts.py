@@ -224,13 +224,13 @@ def tiles_for(dtype: torch.dtype, num_slots: int, num_experts: int) -> tuple[Til
 def experts_launch(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    (tokens, hidden), top_k, (num_experts, _, width) = x.shape, ids.shape[1], down.shape
+    (tokens, hidden), top_k, num_experts = x.shape, ids.shape[1], len(down)
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     num_slots = tokens * top_k
     if num_slots == 0:
         return out.zero_()
     order, starts = sort_by_expert(ids, num_experts)
-    if groups(x, num_slots, num_experts, width):
+    if groups(gate_up, down, num_slots):
         slots = grouped_experts(x, order, starts, gate_up, down, top_k)
     else:
         slots = _slots(x, order, starts, gate_up, down, top_k)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gemcutter.ops.geglu import gelu_tanh
-from gemcutter.ops.linear_hopper import descriptor, load_tile
+from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
 
 # Two programs of 96 KiB share an SM, and one computes while the other stores. With 256 columns or rows, or more
 # stages, there is room for one only: 8 to 20 % slower at 8192 tokens.
@@ -173,12 +173,9 @@ def grouped_experts(
     return slots
 
 
-def groups(x: torch.Tensor, num_slots: int, num_experts: int, width: int) -> bool:
-    """Whether these kernels take them: on Hopper, 16 bits an element, TMA's alignments, over 64 rows an expert.
+def groups(gate_up: torch.Tensor, down: torch.Tensor, num_slots: int) -> bool:
+    """Whether these kernels take such weights, and pay: over 64 rows an expert.
 
     At 64 rows (1024 tokens of 26B-A4B) the tiles of `experts.py` take 482 µs and these 560; at 94, 754 and 654.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cuda or torch.version.hip is not None:
-        return False
-    fits = x.shape[1] % 8 == 0 and width % 8 == 0 and num_slots > 64 * num_experts
-    return fits and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return num_slots > 64 * len(down) and loads_by_tma(gate_up, down)

@@ -17,7 +17,7 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.linear_hopper import stream, streams
+from gemcutter.ops.linear_hopper import loads_by_tma, stream
 
 REFERENCE_ROWS = 16  # of one product on a CPU; a tile of AMX, where 16 rows of bf16 cost what one does
 MOST_STREAMED = 64  # rows; beyond, the weights are read once for several tiles and cuBLASLt is as fast or faster
@@ -110,7 +110,7 @@ def linear_launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if tokens > MOST_STREAMED and x.dtype != torch.float32:
         return linear_reference(x, weight)
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
-    if tokens and streams(x, weight):
+    if tokens and loads_by_tma(x, weight):
         stream(x, weight, out)
     elif tokens:
         tile = linear_tile(x.dtype, tokens)

@@ -80,12 +80,13 @@ def _stream_kernel(
     gl.store(at, acc.to(dtype), mask=(token < tokens)[None, :] & (column < N)[:, None])
 
 
-def streams(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel takes these: on Hopper, of 16 bits an element, rows at multiples of 16 bytes."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cuda or torch.version.hip is not None:
+def loads_by_tma(*matrices: torch.Tensor) -> bool:
+    """Whether kernels written for Hopper take these: there, 16 bits an element, rows at multiples of 16 bytes."""
+    first = matrices[0]
+    if first.dtype not in (torch.bfloat16, torch.float16) or not first.is_cuda or torch.version.hip is not None:
         return False
-    aligned = x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return aligned and weight.data_ptr() % 16 == 0 and torch.cuda.get_device_capability(x.device) == (9, 0)
+    aligned = all(matrix.stride(-2) % 8 == 0 and matrix.data_ptr() % 16 == 0 for matrix in matrices)
+    return aligned and torch.cuda.get_device_capability(first.device) == (9, 0)
 
 
 def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
