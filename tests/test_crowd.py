@@ -49,13 +49,16 @@ TINY_CROWDS = {
 }
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("crowd", TINY_CROWDS)
-def test_tiny_crowd_equals_alone(tiny, crowd, monkeypatch):
+def test_tiny_crowd_equals_alone(tiny, crowd, ahead, monkeypatch):
+    """Also where each step is launched before the tokens of the last are read, as on a GPU."""
     folder, requests, wanted = tiny
     options = TINY_CROWDS[crowd]
     budget = tight_budget(folder, 64, 8, 4, **options)
     monkeypatch.setattr("gemcutter.engine.kv_byte_budget", lambda *_: budget)
     engine = start(folder, context_length=64, **options)
+    engine._ahead = ahead
     seen = check_crowd(engine, requests, wanted, random.Random(crowd), aborts=0.01)
     drawn = {item.id for item in requests if not item.params.greedy}
     print(len((seen.preempted & drawn) - seen.aborted), "requests that draw were recomputed")

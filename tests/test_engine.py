@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from drive import Outcome, collect, finish, request
 
 from gemcutter.checkpoint.files import locate
@@ -51,3 +52,118 @@ def test_every_aborted_request_gets_one_last_word(engine):
         collect(engine, outcomes)
     assert {id for id, outcome in outcomes.items() if outcome.finish_reason != "length"} == {"3"}
     assert len(outcomes) == 19 and not any(engine.stats().pages_used.values())
+
+
+def test_a_step_ahead_gives_the_same_and_leaves_nothing(engine, monkeypatch):
+    """Ends that are foreseen and that are not; aborts before and after the last token is drawn."""
+    requests = [request(str(i), [2, 300 + i], max_tokens=1 + i % 7, logprobs=i % 3 or None) for i in range(20)]
+    wanted = finish(engine, requests)
+    stops = [request(f"s{i}", [2, 300 + i], stop_ids=one.token_ids[-1:]) for i, one in enumerate(wanted)]
+    wanted += finish(engine, stops)
+    assert {outcome.finish_reason for outcome in wanted} == {"stop", "length"}
+    monkeypatch.setattr(engine, "_ahead", True)
+    assert finish(engine, requests + stops) == wanted
+    for steps in range(4):
+        engine.submit(request("a", [2, 300], max_tokens=2))
+        engine.submit(request("b", [2, 301], max_tokens=5))
+        got = [update for _ in range(steps) for update in engine.step()]
+        engine.abort("a")
+        engine.submit(request("a", [2, 305], max_tokens=1))  # the id is free at once
+        outcomes: dict[str, list] = {}
+        while engine.has_work:
+            for update in engine.step():
+                outcomes.setdefault(update.id, []).append(update)
+        reasons = [update.finish_reason for update in [*got, *outcomes["a"]] if update.id == "a"]
+        assert [reason for reason in reasons if reason] == (["abort", "length"] if steps < 3 else ["length"] * 2)
+        assert outcomes["b"][-1].finish_reason == "length"
+        assert engine._flight is None and not any(engine.stats().pages_used.values())
+
+
+def test_a_broken_launch_spares_what_is_drawn_but_not_read(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_ahead", True)
+    [wanted] = finish(engine, [request("a", [2, 300], max_tokens=1)])
+    engine.submit(request("a", [2, 300], max_tokens=1))
+    engine.submit(request("b", [2, 301], max_tokens=9))
+    assert engine.step() == []
+
+    def breaks(plan):
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "forward", breaks)
+        with pytest.raises(RuntimeError, match="no room"):
+            engine.step()
+    engine.check_invariants()
+    engine.submit(request("c", [2, 300], max_tokens=1))
+    outcomes: dict[str, Outcome] = {}
+    while engine.has_work:
+        collect(engine, outcomes)
+    assert outcomes["a"] == outcomes["c"] == wanted
+    assert outcomes["b"] == Outcome(finish_reason="error")
+
+
+def test_a_broken_reading_ends_both_steps(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_ahead", True)
+    engine.submit(request("a", [2, 300], max_tokens=9))
+    engine.step()
+    engine.submit(request("b", [2, 301], max_tokens=9))
+
+    def breaks(flight):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gemcutter.run.runner.Flight.read", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    engine.check_invariants()
+    assert [(update.id, update.finish_reason) for update in engine.step()] == [("a", "error"), ("b", "error")]
+    assert not engine.has_work and not any(engine.stats().pages_used.values())
+
+
+WAYS_TO_DRAW = [
+    {},
+    {"logprobs": 3},
+    {"temperature": 0.8, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 1.2, "min_p": 0.1, "logit_bias": {5: 3.0}},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_step_ahead_gives_the_same_and_waits_for_nothing_on_a_gpu(graphs):
+    """PyTorch raises if anything makes the host wait, but for the events of steps that are read."""
+    gpu = Engine.start(EngineConfig(device="cuda", context_length=256, disable_cuda_graph=not graphs))
+    requests = [
+        request(str(i), [2, *range(300, 303 + i)], seed=i, max_tokens=40 + i, **WAYS_TO_DRAW[i % 5])
+        for i in range(15)
+    ]
+    gpu._ahead = False
+    wanted = finish(gpu, requests)
+    stops = [
+        request(
+            f"s{one.id}", one.prompt_ids, seed=one.seed, stop_ids=outcome.token_ids[20:21], **WAYS_TO_DRAW[i % 5]
+        )
+        for i, (one, outcome) in enumerate(zip(requests, wanted, strict=True))
+    ]
+    wanted += finish(gpu, stops)
+    assert {outcome.finish_reason for outcome in wanted} == {"stop", "length"}
+    gpu._ahead = True
+    assert finish(gpu, requests + stops) == wanted
+    greedy = [i for i, one in enumerate(requests) if one.params.only_argmax]
+    assert finish(gpu, [requests[i] for i in greedy]) == [wanted[i] for i in greedy]
+    outcomes: dict[str, Outcome] = {}
+    for item in [*requests, request("gone", [2, 300], max_tokens=200)]:
+        gpu.submit(item)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(60):
+            if step == 10:
+                gpu.abort("gone")
+            collect(gpu, outcomes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcomes.pop("gone").finish_reason == "abort"
+    assert [outcomes[item.id] for item in requests] == wanted[: len(requests)]
+    assert not gpu.has_work and not any(gpu.stats().pages_used.values())
+    gpu.check_invariants()

@@ -176,7 +176,7 @@ def test_nothing_stays_in_the_engine_after_an_exception(llm, monkeypatch, error,
     """Also not after Ctrl-C in the middle of a step, between the plan and its commit."""
     [before] = llm.generate(SUMS[0], GREEDY)
     runner, calls = llm._engine._runner, []
-    run = runner.run
+    run = runner.forward
 
     def breaks(*args):
         calls.append(1)
@@ -184,7 +184,7 @@ def test_nothing_stays_in_the_engine_after_an_exception(llm, monkeypatch, error,
             raise error("in the middle")
         return run(*args)
 
-    monkeypatch.setattr(runner, "run", breaks)
+    monkeypatch.setattr(runner, "forward", breaks)
     with pytest.raises(error):
         llm.generate([*SUMS, {"prompt_token_ids": [2, *range(300, 700)]}], GREEDY)
     monkeypatch.undo()
@@ -199,7 +199,7 @@ def test_a_broken_step_is_told_to_every_stream(llm, monkeypatch):
     def breaks(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm._engine._runner, "run", breaks)
+    monkeypatch.setattr(llm._engine._runner, "forward", breaks)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(SUMS[1], GREEDY)
     monkeypatch.undo()

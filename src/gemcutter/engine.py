@@ -1,7 +1,9 @@
-"""Engine: requests of token ids in, updates of token ids out. One `step` plans, runs and commits."""
+"""Engine: requests of token ids in, updates of token ids out. One `step` plans, launches, reads and commits."""
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -17,8 +19,9 @@ from gemcutter.model.gemma4 import Gemma4
 from gemcutter.run.build import StepBuilder
 from gemcutter.run.device import kv_byte_budget, resolve_device
 from gemcutter.run.graphs import DecodeGraphs
-from gemcutter.run.runner import Runner
+from gemcutter.run.runner import Flight, Runner
 from gemcutter.run.warm import warm_up
+from gemcutter.schedule.plan import Plan
 from gemcutter.schedule.planner import Scheduler
 from gemcutter.schedule.request import Request, Stats, Update
 from gemcutter.spec import ModelSpec
@@ -35,7 +38,9 @@ class Engine:
         self.spec = spec
         self._scheduler = scheduler
         self._runner = runner
-        self._ended: list[Update] = []  # last words of requests that no step will mention
+        self._ahead = config.device != "cpu"  # a step is launched before the tokens of the last are read
+        self._flight: Flight | None = None  # the step that is not read
+        self._news: list[Update] = []  # for the next step to tell
 
     @classmethod
     def start(cls, config: EngineConfig) -> "Engine":
@@ -74,16 +79,23 @@ class Engine:
             max_prefill_tokens=config.max_prefill_tokens,
         )
         model = Gemma4(spec, weights, size.context_length)
+        builder = StepBuilder(
+            ledger,
+            device,
+            max_prompt_tokens=config.max_prefill_tokens,
+            max_sequences=config.max_running_requests,
+            context_length=size.context_length,
+        )
+        suppress = [id for id in read_generation_config(folder).get("suppress_tokens", ()) if id < spec.vocab]
+        suppressed = torch.tensor(suppress, device=device) if suppress else None
         graphs = None
         if device.type == "cuda":
             progress = sys.stderr.isatty()
             longest = min(config.max_prefill_tokens, size.context_length)
             warm_up(model, pool, longest, config.page_size, progress)
             if largest := config.cuda_graph_max_bs:
-                graphs = DecodeGraphs(model, pool, largest, size.context_length, config.page_size, progress)
-        builder = StepBuilder(layout.kinds, config.page_size, device)
-        suppress = [id for id in read_generation_config(folder).get("suppress_tokens", ()) if id < spec.vocab]
-        runner = Runner(model, pool, builder, graphs, suppress)
+                graphs = DecodeGraphs(model, pool, builder, suppressed, largest, size.context_length, progress)
+        runner = Runner(model, pool, builder, graphs, suppressed)
         return cls(config, spec, scheduler, runner)
 
     @property
@@ -93,7 +105,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._ended)
+        return self._scheduler.has_work or bool(self._news)
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -109,28 +121,42 @@ class Engine:
     def abort(self, id: str) -> None:
         """End a request; the next step reports it with finish_reason "abort". Unknown ids are ignored."""
         if self._scheduler.abort(id):
-            self._ended.append(Update(id=id, token_ids=[], finish_reason="abort"))
+            self._news.append(Update(id=id, token_ids=[], finish_reason="abort"))
 
     def step(self) -> list[Update]:
-        """Run one step of all that fit into it, and tell what is new.
+        """Launch a step of all that fit into it, and tell what is new.
 
-        An exception out of the forward pass, Ctrl-C included, ends the requests of this step: the next call reports
-        them with finish_reason "error", and the others go on.
+        On a GPU the news is of the step launched by the call before: while the host reads its tokens and does all
+        else that it must, the device works on the next. A request that so turns out to have ended has a row too
+        many in that next step, which is dropped. On a CPU, where launching is computing, it is of this step.
+
+        An exception out of the forward pass, Ctrl-C included, ends the requests of this step, and one while tokens
+        are read those of both: the next call reports them with finish_reason "error", and the others go on.
         """
-        updates, self._ended = self._ended, []
         plan = self._scheduler.plan()
-        if plan is None:
-            return updates
-        try:
-            sampled = self._runner.run(plan, self._scheduler.ledger)
-        except BaseException as error:
-            failed = self._scheduler.fail(plan)
-            last = {"token_ids": [], "finish_reason": "error", "error": f"a step broke: {error!r}"}
-            self._ended = updates + [Update(id=sequence.id, **last) for sequence in failed]
-            raise
-        for new in self._scheduler.commit(plan, sampled.token_ids):
+        flight = None
+        if plan is not None:
+            with self._ends_if_broken(plan):
+                flight = self._runner.forward(plan)
+            self._scheduler.advance(plan)
+        before, self._flight = self._flight, None
+        with self._ends_if_broken(*(one.plan for one in (before, flight) if one is not None)):
+            if before is not None:
+                self._commit(before)
+            if flight is not None:
+                self._runner.draw(flight)
+                if not self._ahead:
+                    self._commit(flight)
+                elif self._scheduler.has_work:
+                    self._flight = flight
+        news, self._news = self._news, []
+        return news
+
+    def _commit(self, flight: Flight) -> None:
+        sampled = flight.read()
+        for new in self._scheduler.commit(flight.plan, sampled.token_ids):
             sequence, logprobs = new.sequence, sampled.logprobs[new.row]
-            updates.append(
+            self._news.append(
                 Update(
                     id=sequence.id,
                     token_ids=[new.token_id],
@@ -140,7 +166,16 @@ class Engine:
                     cached_tokens=sequence.cached_tokens,
                 )
             )
-        return updates
+
+    @contextlib.contextmanager
+    def _ends_if_broken(self, *plans: Plan) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            last = {"token_ids": [], "finish_reason": "error", "error": f"a step broke: {error!r}"}
+            for plan in plans:
+                self._news += [Update(id=sequence.id, **last) for sequence in self._scheduler.fail(plan)]
+            raise
 
     def stats(self) -> Stats:
         return self._scheduler.stats()

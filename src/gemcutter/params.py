@@ -69,6 +69,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def only_argmax(self) -> bool:
+        """Of the logits nothing but the likeliest token is wanted, and nothing changes them."""
+        penalised = self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        return self.greedy and not penalised and not self.logit_bias and self.logprobs is None
+
 
 def _check_range(name: str, value: float | None, low: float, high: float, low_open: bool = False) -> None:
     """An integer where `low` is one, else any number."""

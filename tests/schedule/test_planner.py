@@ -2,131 +2,12 @@
 
 import gc
 import random
-import zlib
 from collections import Counter
 
 import pytest
-from slot_memory import SlotMemory
+from world import STOP, World, expected, next_token, random_request, random_world, request
 
-from gemcutter.cache.layout import CacheLayout
-from gemcutter.cache.ledger import Ledger
-from gemcutter.params import SamplingParams
-from gemcutter.schedule.planner import Scheduler
 from gemcutter.schedule.request import Request
-from gemcutter.spec import Kind
-
-FULL, SLIDING = Kind.FULL, Kind.SLIDING
-STOP = 9
-
-
-def next_token(tokens: list[int], seed: int) -> int:
-    """The toy model: a token that depends on all before it. About one in ten stops."""
-    return zlib.crc32(bytes([seed, *tokens])) % 10
-
-
-def request(id: str, prompt: list[int], max_tokens: int | None = 4, seed: int = 0, stop_ids=(STOP,)) -> Request:
-    params = SamplingParams(max_tokens=max_tokens)
-    return Request(id=id, prompt_ids=prompt, params=params, stop_ids=frozenset(stop_ids), seed=seed)
-
-
-def expected(item: Request, context: int) -> tuple[list[int], str]:
-    tokens = list(item.prompt_ids)
-    while True:
-        tokens.append(next_token(tokens, item.seed))
-        if tokens[-1] in item.stop_ids:
-            return tokens[len(item.prompt_ids) :], "stop"
-        if len(tokens) - len(item.prompt_ids) == item.params.max_tokens or len(tokens) == context:
-            return tokens[len(item.prompt_ids) :], "length"
-
-
-class World:
-    """A scheduler with a toy engine around it. Every step is checked against the memory's content."""
-
-    def __init__(
-        self, *, page_size=4, window: int | None = 6, full=True, context=32, running=4, chunk=8, step=16, spare=100,
-        reuse=True,
-    ) -> None:  # fmt: skip
-        """`spare`: pages beyond those that one request alone needs."""
-        kinds = ([FULL] if full else []) + ([SLIDING] if window else [])
-        layout = CacheLayout(page_size, window, dict.fromkeys(kinds, 64))
-        need = layout.one_request(context, min(chunk, step))
-        pages = {kind: count + 1 + spare for kind, count in need.items()}
-        self.context, self.chunk = context, min(chunk, step)
-        self.limits = {"running": running, "chunk": chunk, "step": step}
-        self.ledger = Ledger(layout, pages, running, context, reuse)
-        self.memory = SlotMemory(layout, pages)
-        self.scheduler = Scheduler(
-            self.ledger, context_length=context, max_running_requests=running, chunked_prefill_size=chunk,
-            max_prefill_tokens=step,
-        )  # fmt: skip
-        self.outputs: dict[str, list[int]] = {}
-        self.finished: dict[str, str] = {}
-        self.started: dict[str, int] = {}  # step of the first chunk
-        self.first_tokens: dict[str, int] = {}  # step of the first token
-        self.steps = 0
-
-    def add(self, item: Request):
-        sequence = self.scheduler.add(item)
-        self.outputs[item.id] = []
-        return sequence
-
-    def step(self, during=lambda plan: None) -> None:
-        plan = self.scheduler.plan()
-        self.scheduler.check_invariants()
-        if plan is None:
-            return
-        self.steps += 1
-        self._check_plan(plan)
-        for sequence in plan.sequences:
-            self.started.setdefault(sequence.id, self.steps)
-        work = [(c.sequence.id, c.sequence.tokens, c.sequence.prompt_length, c.start, c.stop) for c in plan.chunks]
-        self.memory.step(self.ledger, work)
-        samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        tokens = [next_token(sequence.tokens, sequence.seed) for sequence in samplers]
-        during(plan)
-        for new in self.scheduler.commit(plan, tokens):
-            assert samplers[new.row] is new.sequence and tokens[new.row] == new.token_id
-            self.first_tokens.setdefault(new.sequence.id, self.steps)
-            self.outputs[new.sequence.id].append(new.token_id)
-            assert new.sequence.output_ids.tolist() == self.outputs[new.sequence.id]
-            if new.sequence.finish_reason is not None:
-                self.finished[new.sequence.id] = new.sequence.finish_reason
-        self.scheduler.check_invariants()
-        self.memory.poison_free_pages(self.ledger)
-
-    def _check_plan(self, plan) -> None:
-        assert 0 < len(plan.sequences) <= self.limits["running"]
-        assert len(plan.decodes) <= self.limits["running"]
-        assert sum(chunk.stop - chunk.start for chunk in plan.prefills) <= self.limits["step"]
-        computed = {sequence.id: sequence.num_computed for sequence in plan.sequences}
-        size = Counter()
-        for chunk in plan.chunks:
-            known, id = len(chunk.sequence.tokens), chunk.sequence.id
-            assert chunk.start == computed[id] < chunk.stop <= known
-            assert chunk.samples == (chunk.stop == known)
-            computed[id], size[id] = chunk.stop, size[id] + chunk.stop - chunk.start
-        assert max(size.values()) <= self.chunk
-        # Prompts are prefilled and generated tokens are decoded, whatever comes.
-        assert all(c.start >= c.sequence.prompt_length and c.stop == c.start + 1 for c in plan.decodes)
-        assert all(c.stop <= c.sequence.prompt_length for c in plan.prefills)
-        samples = [chunk.samples for chunk in plan.decodes]
-        assert samples == sorted(samples, reverse=True)
-        drawn = [chunk for chunk in plan.decodes if chunk.samples]
-        replayed = list(dict.fromkeys(c.sequence.arrival for c in plan.decodes if not c.samples))
-        once = [[c.sequence.arrival for c in part] for part in (drawn, plan.prefills)]
-        for arrivals in (*once, replayed):
-            assert arrivals == sorted(set(arrivals))
-
-    def run(self, limit=2000) -> None:
-        while self.scheduler.has_work:
-            self.step()
-            assert self.steps <= limit, f"not done after {limit} steps: {self.scheduler.stats()}"
-        assert self.scheduler.plan() is None
-        assert all(book.used == 0 for book in self.ledger.books.values())
-
-    def check(self, items: list[Request]) -> None:
-        for item in items:
-            assert (self.outputs[item.id], self.finished[item.id]) == expected(item, self.context), item
 
 
 def in_order(steps: dict[str, int], items: list[Request]) -> bool:
@@ -134,28 +15,12 @@ def in_order(steps: dict[str, int], items: list[Request]) -> bool:
     return order == sorted(order)
 
 
-def random_world(rng: random.Random) -> World:
-    window = rng.choice([None, 1, 2, 3, 5, 6, 9, 13])
-    return World(
-        page_size=rng.choice([1, 2, 4]), window=window, full=window is None or rng.random() < 0.85,
-        context=rng.choice([6, 17, 24, 32, 40]), running=rng.choice([1, 2, 3, 6, 6]),
-        chunk=rng.choice([1, 3, 4, 7, 16]), step=rng.choice([1, 4, 8, 20]),
-        spare=rng.choice([0, 0, 1, 3, 6, 12, 40]), reuse=rng.random() < 0.8,
-    )  # fmt: skip
-
-
-def random_request(rng: random.Random, id: str, context: int, bases: list[list[int]]) -> Request:
-    prompt = rng.choice(bases)[: rng.choice([2, rng.randrange(context)])]
-    prompt = (prompt + [rng.randrange(2) for _ in range(rng.randrange(6))] or [0])[: context - 1]
-    allowed = rng.choice([1, 2, 5, 12, 100, None])
-    return request(id, prompt, allowed, rng.randrange(2), stop_ids=rng.choice([(STOP,), (), ()]))
-
-
-def test_random_loads_finish_exactly():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_random_loads_finish_exactly(ahead):
     seen: Counter[str] = Counter()  # what the loads exercised
     for seed in range(400):
         rng = random.Random(seed)
-        world = random_world(rng)
+        world = random_world(rng, ahead)
         bases = [[rng.randrange(2) for _ in range(world.context)] for _ in range(2)]
         items = [random_request(rng, f"r{i}", world.context, bases) for i in range(rng.randrange(1, 14))]
         arriving, sequences = list(items), []
@@ -165,8 +30,9 @@ def test_random_loads_finish_exactly():
                     sequences.append(world.add(arriving.pop(0)))
             for _ in range(rng.randrange(4)):
                 world.step()
-        # The oldest request computes a whole chunk in every step, whatever happens to the younger ones.
-        bound = sum(-(-len(item.prompt_ids) // world.chunk) + 1 for item in items)
+        # The oldest request computes a whole chunk in every step, whatever happens to the younger ones; in one more
+        # it may already have ended.
+        bound = sum(-(-len(item.prompt_ids) // world.chunk) + 1 + ahead for item in items)
         bound += sum(len(expected(item, world.context)[0]) * 2 for item in items)
         world.run(limit=bound)
         world.check(items)
@@ -179,11 +45,12 @@ def test_random_loads_finish_exactly():
     assert all(seen[name] >= count for name, count in hard.items()), f"the loads were too easy: {seen}"
 
 
-def test_random_loads_with_aborts():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_random_loads_with_aborts(ahead):
     in_flight = 0
     for seed in range(150):
         rng = random.Random(1000 + seed)
-        world = random_world(rng)
+        world = random_world(rng, ahead)
         bases = [[rng.randrange(2) for _ in range(world.context)]]
         items = {f"r{i}": random_request(rng, f"r{i}", world.context, bases) for i in range(10)}
         for item in items.values():
@@ -335,21 +202,38 @@ def test_abort_in_mid_prefill_frees_its_pages_and_keeps_its_prefix():
     assert world.scheduler._running[0].cached_tokens == 8
 
 
-def test_abort_between_plan_and_commit_drops_the_token():
-    world = World()
-    world.add(request("a", [1, 2, 3]))
-    world.add(request("b", [1, 2, 3, 4]))
+@pytest.mark.parametrize("ahead", [False, True])
+def test_abort_before_reading_drops_the_token_and_frees_pages_and_id(ahead):
+    """What is launched later writes later, so the pages may be given out though a step still writes there."""
+    world = World(ahead=ahead)
+    world.add(request("a", [1, 2, 3], 3, stop_ids=()))
+    world.add(request("b", [1, 2, 3, 4], 3, stop_ids=()))
+    again = request("a", [5], 3, stop_ids=())
 
     def abort(plan):
-        assert world.scheduler.abort("a")
-        assert world.scheduler.stats().pages_used["full"] == 2  # the step still writes there
-        with pytest.raises(ValueError, match="'a' is still running"):
-            world.scheduler.add(request("a", [5]))
+        assert world.scheduler.abort("a") and not world.scheduler.abort("a")
+        assert world.scheduler.stats().pages_used["full"] == 1
+        world.add(again)
 
     world.step(during=abort)
-    assert world.outputs["a"] == [] and len(world.outputs["b"]) == 1
-    assert world.scheduler.stats().pages_used["full"] == 1
+    assert world.outputs["a"] == [] and len(world.outputs["b"]) == (not ahead)
     world.run()
+    world.check([again, request("b", [1, 2, 3, 4], 3, stop_ids=())])
+
+
+def test_a_last_token_needs_no_step_behind_it():
+    """Its request gives way to the next one before the token is read. With a stop that nobody foresees it does
+    not.
+    """
+    prompt = next(p for p in ([i] for i in range(256)) if next_token(p, 0) == STOP)
+    for max_tokens, steps in ((1, 2), (2, 3)):
+        world = World(running=1, ahead=True)
+        world.add(request("a", prompt, max_tokens=max_tokens))
+        world.add(request("b", [0], max_tokens=1))
+        world.step()
+        assert world.scheduler.stats().running == (max_tokens == 2)
+        world.run()
+        assert world.steps == steps and world.outputs["a"] == [STOP]
 
 
 def test_a_broken_step_ends_its_requests_and_spares_the_waiting():

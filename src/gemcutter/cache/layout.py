@@ -33,6 +33,11 @@ class CacheLayout:
             return 0
         return max(0, position - self.window + 1) // self.page_size
 
+    def see_the_same(self, before: int, after: int) -> bool:
+        """Queries at both positions stand in the same page and, under a window, first see the same page."""
+        size, hidden = self.page_size, (self.window or 1) - 1
+        return before // size == after // size and (before - hidden) // size == (after - hidden) // size
+
     def one_request(self, context_length: int, chunk: int) -> dict[Kind, int]:
         """Pages that suffice for any request of `context_length` tokens, run alone in chunks of `chunk`.
 

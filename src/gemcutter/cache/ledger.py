@@ -91,10 +91,10 @@ class Ledger:
     def extend(self, seq_id: str, length: int) -> bool:
         """Hold pages for tokens [0, length), all of them or none; False if a kind is short."""
         held = self._held[seq_id]
+        if length <= held.num_pages * self.layout.page_size:
+            return True
         end = self.layout.num_pages(length)
         need = end - held.num_pages
-        if need <= 0:
-            return True
         if any(book.available < need for book in self.books.values()):
             return False
         for kind, book in self.books.items():
@@ -112,7 +112,9 @@ class Ledger:
         assert held.num_computed <= computed <= held.num_pages * self.layout.page_size, (
             f"{seq_id}: {computed} tokens computed, after {held.num_computed}, on {held.num_pages} pages"
         )
-        held.num_computed = computed
+        before, held.num_computed = held.num_computed, computed
+        if self.layout.see_the_same(before, computed):
+            return
         full_pages = min(computed, held.chain.prompt_length) // self.layout.page_size
         if self._reuse and held.num_registered < full_pages:
             for j in range(held.num_registered, full_pages):
@@ -142,9 +144,11 @@ class Ledger:
         held = self._held[seq_id]
         return self._tables[kind][held.row, : held.num_pages]
 
-    def tables(self, seq_ids: list[str], kind: Kind, width: int) -> np.ndarray:
-        """[len(seq_ids), width] int32, a copy: page ids of logical pages 0 … width - 1; 0 where none is held."""
-        return self._tables[kind][[self._held[seq_id].row for seq_id in seq_ids], :width]
+    def read_tables(self, seq_ids: list[str], out: np.ndarray) -> None:
+        """Fill out [kinds, len(seq_ids), width] with the ids of pages 0 … width - 1; 0 where none is held."""
+        rows = [self._held[seq_id].row for seq_id in seq_ids]
+        for table, target in zip(self._tables.values(), out, strict=True):
+            target[:] = table[rows, : out.shape[2]]
 
     def flush(self) -> None:
         """Forget all reusable prefixes. Running sequences keep their pages."""

@@ -31,6 +31,12 @@ class SampleResult:
     top_logprobs: Tensor | None  # [m, n] float32, descending; n the most that any row wants
     top_ids: Tensor | None  # [m, n] int64
 
+    def to_host(self) -> "SampleResult":
+        """The same in host memory. Its copies run in their turn; who reads it first waits for them."""
+        fields = (self.token_ids, self.chosen_logprobs, self.top_logprobs, self.top_ids)
+        token_ids, *logprobs = (x if x is None else x.to("cpu", non_blocking=True) for x in fields)
+        return SampleResult(token_ids, self.batch, *logprobs)
+
     def logprobs(self) -> list[dict[int, float] | None]:
         """By row: natural log of the chosen token, then of the alternatives; None where not asked. Waits."""
         found: list[dict[int, float] | None] = [None] * self.batch.num_rows
@@ -69,6 +75,20 @@ def sample(logits: Tensor, batch: SampleBatch) -> SampleResult:
     for draw in batch.whole:
         tokens[draw.rows] = _draw(scores[draw.rows], draw).squeeze(1)
     return SampleResult(tokens, batch, *_logprobs(logits, tokens, batch))
+
+
+def argmax_into(out: Tensor, logits: Tensor, suppressed: Tensor | None) -> None:
+    """What `sample` draws where all rows are greedy and want nothing else.
+
+    Args:
+        out: [R] int64.
+        logits: [R, V]; not changed.
+        suppressed: [n] int64, tokens that no row may emit.
+    """
+    if suppressed is not None:
+        logits = logits.clone()
+        logits[:, suppressed] += float("-inf")
+    torch.argmax(logits, -1, out=out)
 
 
 def edited(logits: Tensor, batch: SampleBatch) -> Tensor:

@@ -136,13 +136,21 @@ class SampleBatch:
             repetition=_edits(repetition, device),
             addition=_edits(addition, device),
             logprobs=logprobs,
-            logprob_rows=torch.tensor(wanted, device=device) if wanted else None,
+            logprob_rows=_sent(np.array(wanted), device) if wanted else None,
         )
 
 
 def _draw(entries: list[tuple], device: torch.device | str) -> Draw:
-    table = torch.from_numpy(np.array(entries, dtype=np.float64).T.copy()).to(device)  # one transfer
+    table = _sent(np.array(entries, dtype=np.float64).T.copy(), device)  # one transfer
     return Draw(table[0].long(), *table[1:])
+
+
+def _sent(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """On the device, in its turn: a copy of pageable memory would make the host wait for all that runs there."""
+    host = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _edits(entries: dict[int, float], device: torch.device | str) -> Edits | None:
@@ -150,4 +158,4 @@ def _edits(entries: dict[int, float], device: torch.device | str) -> Edits | Non
         return None
     at = np.fromiter(entries.keys(), np.int64, len(entries))
     value = np.fromiter(entries.values(), np.float32, len(entries))
-    return Edits(torch.from_numpy(at).to(device), torch.from_numpy(value).to(device))
+    return Edits(_sent(at, device), _sent(value, device))

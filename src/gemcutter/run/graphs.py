@@ -1,14 +1,17 @@
-"""DecodeGraphs: one CUDA graph per bucket of decoding sequences, from token ids to logits."""
+"""DecodeGraphs: one CUDA graph per bucket of decoding sequences, from token ids to the likeliest next ones."""
 
+import dataclasses
 from bisect import bisect_left
 
 import torch
 from rich.progress import track
 
-from gemcutter.batch import KindBatch, StepBatch
+from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.gemma4 import Gemma4
-from gemcutter.spec import Kind
+from gemcutter.ops.sample import argmax_into
+from gemcutter.run.build import StepBuilder
+from gemcutter.schedule.plan import Plan
 
 
 def buckets_up_to(largest: int) -> list[int]:
@@ -18,26 +21,35 @@ def buckets_up_to(largest: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Captured decode steps. A batch is padded to its bucket, copied into the graph's inputs, and replayed."""
+    """Captured decode steps. A batch padded to its bucket is built where the graph reads it."""
 
     def __init__(
-        self, model: Gemma4, pool: KVPool, max_bs: int, context_length: int, page_size: int, progress: bool
+        self,
+        model: Gemma4,
+        pool: KVPool,
+        builder: StepBuilder,
+        suppressed: torch.Tensor | None,
+        max_bs: int,
+        context_length: int,
+        progress: bool,
     ) -> None:
         self._buckets = buckets_up_to(max_bs)
         self._inputs: dict[int, StepBatch] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        kinds = tuple(dict.fromkeys(layer.kind for layer in model.spec.layers))
         device = model.weights.embed.device
         memory = torch.cuda.graph_pool_handle()
         # Largest first: the smaller graphs then fit into the memory the largest one left in the shared pool.
         sizes = track(self._buckets[::-1], "Capturing decode graphs", disable=not progress, transient=True)
         for size in sizes:
-            inputs = _empty_decode_batch(size, context_length, page_size, kinds, device)
-            model.forward(inputs, pool)  # compiles kernels and fills library workspaces outside the capture
+            # Sequences of one token each, which they write to page 0; grids hold any up to the context.
+            inputs = dataclasses.replace(builder.build(Plan((), ()), size), max_kv_len=context_length)
+            # Compiles kernels and fills library workspaces outside the capture.
+            argmax_into(builder.drawn[:size], model.forward(inputs, pool), suppressed)
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
                 logits = model.forward(inputs, pool)
+                argmax_into(builder.drawn[:size], logits, suppressed)
             self._inputs[size], self._graphs[size] = inputs, (graph, logits)
 
     def bucket(self, sequences: int) -> int | None:
@@ -46,40 +58,17 @@ class DecodeGraphs:
         return self._buckets[at] if at < len(self._buckets) else None
 
     def replay(self, batch: StepBatch) -> torch.Tensor:
-        """Logits [bucket, V] of a batch padded to a bucket. They live until the next replay."""
+        """Logits [bucket, V] of a batch padded to a bucket, which live until the next replay; the likeliest tokens
+        are in `builder.drawn`.
+        """
         size = batch.num_decodes
-        static, (graph, logits) = self._inputs[size], self._graphs[size]
-        static.token_ids.copy_(batch.token_ids)
-        static.positions.copy_(batch.positions)
-        static.kv_len.copy_(batch.kv_len)
-        for kind, where in batch.kinds.items():
-            static.kinds[kind].slots.copy_(where.slots)
-            # Columns past this step's longest sequence keep old page ids; no kernel reads past kv_len.
-            static.kinds[kind].pages[:, : where.pages.shape[1]].copy_(where.pages)
+        graph, logits = self._graphs[size]
+        assert _places(batch) == _places(self._inputs[size]), f"the graph of {size} reads its batch elsewhere"
         graph.replay()
         return logits
 
 
-def _empty_decode_batch(
-    size: int, context_length: int, page_size: int, kinds: tuple[Kind, ...], device: torch.device
-) -> StepBatch:
-    """`size` sequences of one token each, which they write to page 0; shapes hold any up to the context."""
-    max_pages = -(-context_length // page_size)
-
-    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return StepBatch(
-        token_ids=zeros(size, dtype=torch.int64),
-        positions=zeros(size, dtype=torch.int64),
-        query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
-        kv_len=zeros(size, dtype=torch.int32) + 1,
-        logit_rows=torch.arange(size, device=device),
-        kinds={
-            kind: KindBatch(pages=zeros(size, max_pages, dtype=torch.int32), slots=zeros(size, dtype=torch.int64))
-            for kind in kinds
-        },
-        num_decodes=size,
-        max_query_len=0,
-        max_kv_len=context_length,
-    )
+def _places(batch: StepBatch) -> list[int]:
+    tensors = [batch.token_ids, batch.positions, batch.query_start, batch.kv_len, batch.logit_rows]
+    tensors += [tensor for where in batch.kinds.values() for tensor in (where.pages, where.slots)]
+    return [tensor.data_ptr() for tensor in tensors]

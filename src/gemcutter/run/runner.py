@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gemcutter.cache.ledger import Ledger
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.gemma4 import Gemma4
-from gemcutter.ops.sample import sample
+from gemcutter.ops.sample import SampleResult, argmax_into, sample
 from gemcutter.ops.sample_batch import SampleBatch, SampleRow
 from gemcutter.run.build import StepBuilder
 from gemcutter.run.graphs import DecodeGraphs
@@ -17,14 +16,37 @@ from gemcutter.schedule.sequence import Sequence
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step drew: one entry per sampling chunk of the plan, in order."""
+    """What a step drew: one entry per sampler of the plan, in order."""
 
     token_ids: list[int]
     logprobs: list[dict[int, float] | None]  # chosen and top alternatives, where the request asked
 
 
+@dataclass
+class Flight:
+    """A step on its way through the device."""
+
+    plan: Plan
+    logits: torch.Tensor  # of the plan's samplers, and of a graph's other rows
+    has_argmax: bool  # the forward pass took the likeliest tokens too
+    token_ids: torch.Tensor | None = None  # in host memory, as is what follows; on their way until `done`
+    result: SampleResult | None = None  # where rows wanted more than the likeliest token
+    done: torch.cuda.Event | None = None  # on a GPU
+
+    def read(self) -> Sampled:
+        """Wait until the step is done."""
+        if self.done is not None:
+            self.done.synchronize()
+        token_ids = self.token_ids.tolist()
+        return Sampled(token_ids, [None] * len(token_ids) if self.result is None else self.result.logprobs())
+
+
 class Runner:
-    """Builds the batch, runs the model eagerly or by graph, samples. Keeps nothing between steps."""
+    """Builds the batch, runs the model eagerly or by graph, samples.
+
+    On a GPU nothing waits here: `forward` and `draw` launch, in that order for every step, and `Flight.read` waits.
+    The tokens of the latest step stay on the device, where the next one finds them.
+    """
 
     def __init__(
         self,
@@ -32,28 +54,44 @@ class Runner:
         pool: KVPool,
         builder: StepBuilder,
         graphs: DecodeGraphs | None,
-        suppress: list[int],
+        suppressed: torch.Tensor | None,
     ) -> None:
-        """`suppress` are tokens that the checkpoint's generation_config never lets out."""
+        """`suppressed` are tokens that the checkpoint's generation_config never lets out."""
         self._model = model
         self._pool = pool
         self._builder = builder
         self._graphs = graphs
-        self._suppress = suppress
+        self._suppressed = suppressed
+        self._suppress = [] if suppressed is None else suppressed.tolist()
 
     @torch.inference_mode()
-    def run(self, plan: Plan, ledger: Ledger) -> Sampled:
+    def forward(self, plan: Plan) -> Flight:
+        """Launch a step up to its logits. Tokens that the step before drew need not have been read."""
         bucket = None
         if self._graphs is not None and not plan.prefills:
             bucket = self._graphs.bucket(len(plan.decodes))
-        batch = self._builder.build(plan, ledger, pad_to=bucket or 0)
+        batch = self._builder.build(plan, pad_to=bucket or 0)
         logits = self._model.forward(batch, self._pool) if bucket is None else self._graphs.replay(batch)
-        rows = [_sample_row(chunk.sequence) for chunk in plan.chunks if chunk.samples]
-        if not rows:
-            return Sampled([], [])
-        sampling = SampleBatch.build(rows, logits.shape[1], logits.device, self._suppress)
-        result = sample(logits[: len(rows)], sampling)
-        return Sampled(result.token_ids.tolist(), result.logprobs())
+        return Flight(plan, logits, has_argmax=bucket is not None)
+
+    @torch.inference_mode()
+    def draw(self, flight: Flight) -> None:
+        """Launch the rest. All tokens before those that are drawn must have been read: penalties count them."""
+        samplers = flight.plan.samplers
+        logits, drawn = flight.logits[: len(samplers)], self._builder.drawn[: len(samplers)]
+        if all(chunk.sequence.only_argmax for chunk in samplers):
+            if samplers and not flight.has_argmax:
+                argmax_into(drawn, logits, self._suppressed)
+            flight.token_ids = drawn.to("cpu", non_blocking=True, copy=True)
+        else:
+            rows = [_sample_row(chunk.sequence) for chunk in samplers]
+            result = sample(logits, SampleBatch.build(rows, logits.shape[1], logits.device, self._suppress))
+            drawn.copy_(result.token_ids)
+            flight.result = result.to_host()
+            flight.token_ids = flight.result.token_ids
+        if logits.is_cuda:
+            flight.done = torch.cuda.Event()
+            flight.done.record(torch.cuda.current_stream(logits.device))
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:

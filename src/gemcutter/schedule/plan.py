@@ -1,6 +1,7 @@
 """Plan: what one step computes, as positions only. Token values are looked up when the step is built."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from gemcutter.schedule.sequence import Sequence
@@ -12,10 +13,10 @@ class Chunk(NamedTuple):
     sequence: Sequence
     start: int
     stop: int
-    samples: bool  # it reaches the last known token, so the next one is drawn
+    samples: bool  # it reaches the newest token, so the next one is drawn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """One step. Attention has one kernel for decoding and one for prompts, and their last bits differ. So which of
     the two computes a token follows from the token: a prompt's is prefilled, be it the only one of its chunk, and a
@@ -27,16 +28,17 @@ class Plan:
     decodes: tuple[Chunk, ...]
     prefills: tuple[Chunk, ...]  # tokens of prompts, in order of arrival
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         """In the order of the batch."""
         return self.decodes + self.prefills
+
+    @cached_property
+    def samplers(self) -> tuple[Chunk, ...]:
+        """Those that draw a token, in the order of the batch."""
+        return tuple(chunk for chunk in self.chunks if chunk.samples)
 
     @property
     def sequences(self) -> list[Sequence]:
         """Each once."""
         return list(dict.fromkeys(chunk.sequence for chunk in self.chunks))
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.stop - chunk.start for chunk in self.chunks)

@@ -3,6 +3,9 @@
 First come, first served. Every running request is older than every waiting one, and where pages are short
 the older takes them from the youngest. So the oldest always goes on, and as the cache holds any one request
 alone, all of them end.
+
+Steps run on the device one after another, in the order in which they are launched. So what a launched step writes
+counts as written, and a page that it uses may go to another request at once: whoever gets it writes later.
 """
 
 from collections import deque
@@ -27,13 +30,18 @@ class _Room:
 class NewToken(NamedTuple):
     """A sampled token that counts. The sequence's finish_reason says whether it was the last."""
 
-    row: int  # among the plan's sampling chunks
+    row: int  # among the plan's samplers
     sequence: Sequence
     token_id: int
 
 
 class Scheduler:
-    """`plan` and `commit` take turns; `add` and `abort` may come at any time between them."""
+    """Of each step first `plan`, then, once it is launched, `advance`, and once its tokens are read, `commit`.
+
+    The next step may be planned before that commit: a sequence goes on from a token that only the device knows.
+    If it turns out to have ended with that token, the step computes one row too many, whose token is dropped.
+    `add` and `abort` may come at any time but between `plan` and `advance`.
+    """
 
     def __init__(
         self,
@@ -53,10 +61,10 @@ class Scheduler:
         self._max_running = max_running_requests
         self._chunk = chunk
         self._max_prefill_tokens = max_prefill_tokens
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[str, Sequence] = {}  # whose end nobody was told
         self._waiting: deque[Sequence] = deque()  # in order of arrival, as is running
         self._running: list[Sequence] = []
-        self._in_flight: Plan | None = None
+        self._leaving: set[Sequence] = set()  # their last token is drawn but not read; they hold nothing
         self._arrivals = 0
         self._preemptions = 0
         self._steps = 0
@@ -88,27 +96,21 @@ class Scheduler:
         return sequence
 
     def abort(self, request_id: str) -> bool:
-        """End a request; False if there is none. If a step under way has it, its pages wait for the commit."""
+        """End a request; False if there is none. What launched steps still draw for it is dropped."""
         sequence = self._live.get(request_id)
-        if sequence is None or sequence.finish_reason is not None:
+        if sequence is None:
             return False
         sequence.finish_reason = "abort"
-        if sequence.arrival >= self._first_waiting():
-            self._waiting.remove(sequence)
-            del self._live[request_id]
-        elif self._in_flight is None or sequence not in self._in_flight.sequences:
-            self._running.remove(sequence)
-            self._retire(sequence)
+        self._end(sequence)
         return True
 
     def plan(self) -> Plan | None:
-        """Claim pages for the next step and say what it computes; None if nothing is left to do.
+        """Claim pages for the next step and say what it computes; None if there is nothing before the next commit.
 
         Running requests come before waiting ones, decodes before prompts. Generated tokens to compute again, after
         a preemption, are rows of decoding, of which a step has at most max_running_requests; prompts share
         max_prefill_tokens.
         """
-        assert self._in_flight is None, "a step is planned while another waits for its commit"
         chosen: dict[str, Chunk] = {}
         decoding = [s for s in self._running if not s.in_prompt and s.num_to_compute == 1]
         others = [s for s in self._running if s.in_prompt or s.num_to_compute > 1]
@@ -119,7 +121,8 @@ class Scheduler:
             self._choose_more(sequence, room, chosen)
         self._admit(room, chosen)
         if not chosen:
-            assert not self._live, f"no step for {list(self._live.values())}"
+            stuck = not any(sequence.num_unread for sequence in self._live.values())
+            assert not self._live or not stuck, f"no step for {list(self._live.values())}"
             return None
         drawn, known, prefills = [], [], []
         for chunk in chosen.values():
@@ -130,37 +133,48 @@ class Scheduler:
                 drawn.append(chunk)
             else:
                 known += [Chunk(sequence, at, at + 1, samples=False) for at in range(start, stop)]
-        self._in_flight = Plan(decodes=(*drawn, *known), prefills=tuple(prefills))
-        return self._in_flight
+        self._steps += 1
+        return Plan(decodes=(*drawn, *known), prefills=tuple(prefills))
+
+    def advance(self, plan: Plan) -> None:
+        """The step is launched: count its K/V as written, and its draws as tokens that nobody has read.
+
+        Whose last token is drawn for certain gives its pages and its place back.
+        """
+        for chunk in plan.chunks:
+            chunk.sequence.num_computed = chunk.stop
+            self.ledger.commit(chunk.sequence.id, chunk.stop)
+        for row, chunk in enumerate(plan.samplers):
+            sequence = chunk.sequence
+            sequence.drawn_row = row
+            sequence.num_unread += 1
+            if sequence.length >= sequence.max_length:
+                self._running.remove(sequence)
+                self.ledger.release(sequence.id)
+                self._leaving.add(sequence)
 
     def commit(self, plan: Plan, token_ids: list[int]) -> list[NewToken]:
-        """Take in a step: `token_ids` has one token per sampling chunk, in the order of plan.chunks.
+        """Take in what a step drew, one token per sampler. Steps come in the order of their launch.
 
-        Tokens of requests aborted meanwhile are dropped. Finished requests give their pages back.
+        Tokens of requests that ended meanwhile are dropped. Those that end now give their pages back.
         """
-        assert plan is self._in_flight, "commit of a step that is not under way"
-        samplers = sum(chunk.samples for chunk in plan.chunks)
-        assert len(token_ids) == samplers, f"{len(token_ids)} tokens for {samplers} sampling chunks"
-        new, row = [], 0
-        for chunk in plan.chunks:
+        assert len(token_ids) == len(plan.samplers), f"{len(token_ids)} tokens for {len(plan.samplers)} samplers"
+        new = []
+        for row, (chunk, token_id) in enumerate(zip(plan.samplers, token_ids, strict=True)):
             sequence = chunk.sequence
             if sequence.finish_reason is None:
-                sequence.num_computed = chunk.stop
-                self.ledger.commit(sequence.id, chunk.stop)
-                if chunk.samples:
-                    sequence.append(token_ids[row])
-                    new.append(NewToken(row, sequence, token_ids[row]))
-            row += chunk.samples
-        self._close(plan)
+                sequence.append(token_id)
+                new.append(NewToken(row, sequence, token_id))
+                if sequence.finish_reason is not None:
+                    self._end(sequence)
         return new
 
     def fail(self, plan: Plan) -> list[Sequence]:
-        """The step broke: end its requests with "error". Nothing it wrote is ever read."""
-        assert plan is self._in_flight, "failure of a step that is not under way"
+        """The step broke, before it was launched or later: end its requests with "error"."""
         failed = [sequence for sequence in plan.sequences if sequence.finish_reason is None]
         for sequence in failed:
             sequence.finish_reason = "error"
-        self._close(plan)
+            self._end(sequence)
         return failed
 
     def stats(self) -> Stats:
@@ -179,8 +193,8 @@ class Scheduler:
         """Assert the order of service, and that exactly the running sequences hold pages."""
         order = [sequence.arrival for sequence in (*self._running, *self._waiting)]
         assert order == sorted(set(order)), f"running then waiting {order} != order of arrival"
-        queued = {sequence.id for sequence in (*self._running, *self._waiting)}
-        assert queued == self._live.keys(), f"queued {queued} != live {set(self._live)}"
+        here = sorted(sequence.id for sequence in (*self._running, *self._waiting, *self._leaving))
+        assert here == sorted(self._live), f"running, waiting and leaving {here} != live {sorted(self._live)}"
         running = {sequence.id for sequence in self._running}
         assert running == self.ledger.holders, f"running {running} != holding pages {self.ledger.holders}"
         started = [sequence for sequence in self._waiting if sequence.num_computed]
@@ -215,7 +229,8 @@ class Scheduler:
                 return False
             self._preempt(youngest)
             chosen.pop(youngest.id, None)
-        chosen[sequence.id] = Chunk(sequence, stop - size, stop, samples=stop == len(sequence.tokens))
+        assert sequence.num_unread <= 1, f"{sequence} is planned while two of its tokens are not read"
+        chosen[sequence.id] = Chunk(sequence, stop - size, stop, samples=stop == sequence.length)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -253,7 +268,7 @@ class Scheduler:
 
         Sliding pages behind the window come back, so there a prompt needs its next chunk at most.
         """
-        length = len(sequence.tokens)
+        length = sequence.length
         page_size = self.ledger.layout.page_size
         soon = min(length, sequence.num_computed + self._chunk)
         for kind in reserve:
@@ -264,13 +279,12 @@ class Scheduler:
         """Arrival from which on sequences wait; every running one came before."""
         return self._waiting[0].arrival if self._waiting else self._arrivals
 
-    def _close(self, plan: Plan) -> None:
-        self._in_flight = None
-        self._steps += 1
-        for sequence in [s for s in self._running if s.finish_reason is not None]:
-            self._retire(sequence)
-        self._running = [s for s in self._running if s.finish_reason is None]
-
-    def _retire(self, sequence: Sequence) -> None:
-        self.ledger.release(sequence.id)
+    def _end(self, sequence: Sequence) -> None:
         del self._live[sequence.id]
+        if sequence in self._leaving:
+            self._leaving.remove(sequence)
+        elif sequence.arrival >= self._first_waiting():
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+            self.ledger.release(sequence.id)

@@ -7,7 +7,7 @@ from gemcutter.schedule.request import Request
 
 
 class Sequence:
-    """Known and computed tokens are counted apart: a step can be planned before its tokens are read.
+    """Tokens drawn, read and computed are counted apart: a step is planned before the tokens of the last are read.
 
     Tokens are an array, and the request with its list of them is not kept: Python's collector walks every element
     of every list, and with 4000 waiting prompts of 4000 tokens it stopped the engine for 0.4 s. It also costs 44
@@ -15,13 +15,15 @@ class Sequence:
     """
 
     __slots__ = (
-        "id", "params", "stop_ids", "seed", "prompt_length", "arrival", "tokens", "chain", "max_length",
-        "num_computed", "cached_tokens", "preemptions", "finish_reason", "stop_id",
+        "id", "params", "only_argmax", "stop_ids", "seed", "prompt_length", "arrival", "tokens", "chain",
+        "max_length", "num_unread", "drawn_row", "num_computed", "cached_tokens", "preemptions", "finish_reason",
+        "stop_id",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival: int, page_size: int, context_length: int) -> None:
         self.id = request.id
         self.params = request.params
+        self.only_argmax = request.params.only_argmax  # kept, for it is asked at every token
         self.stop_ids = request.stop_ids
         self.seed = request.seed
         self.prompt_length = len(request.prompt_ids)
@@ -32,16 +34,23 @@ class Sequence:
         self.max_length = context_length  # tokens of prompt and output
         if allowed is not None:
             self.max_length = min(context_length, self.prompt_length + allowed)
-        self.num_computed = 0  # tokens that have K/V
+        self.num_unread = 0  # tokens after those, which launched steps draw and nobody has read
+        self.drawn_row = 0  # of the newest of them, among the tokens that its step draws
+        self.num_computed = 0  # tokens whose K/V a launched step has written, or will before the next step begins
         self.cached_tokens: int | None = None  # prompt tokens reused when first admitted; None before that
         self.preemptions = 0
         self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while it runs
         self.stop_id: int | None = None  # the token that stopped it, where finish_reason is "stop"
 
     @property
+    def length(self) -> int:
+        """Tokens that the next step may count on, read or not."""
+        return len(self.tokens) + self.num_unread
+
+    @property
     def num_to_compute(self) -> int:
-        """Known tokens without K/V. 1 while decoding: the newest token."""
-        return len(self.tokens) - self.num_computed
+        """Tokens without K/V. 1 while decoding: the newest token."""
+        return len(self.tokens) + self.num_unread - self.num_computed
 
     @property
     def in_prompt(self) -> bool:
@@ -57,7 +66,8 @@ class Sequence:
         return self.tokens[self.prompt_length :]
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token and see whether the sequence ends with it."""
+        """Add a token that was drawn, now read, and see whether the sequence ends with it."""
+        self.num_unread -= 1
         self.tokens.append(token_id)
         if token_id in self.stop_ids:
             self.finish_reason, self.stop_id = "stop", token_id
@@ -65,4 +75,4 @@ class Sequence:
             self.finish_reason = "length"
 
     def __repr__(self) -> str:
-        return f"Sequence({self.id!r}, {self.num_computed} of {len(self.tokens)} tokens computed)"
+        return f"Sequence({self.id!r}, {self.num_computed} of {self.length} tokens computed)"
