@@ -10,7 +10,8 @@ from functools import partial
 
 import torch
 
-from gemcutter.ops.experts import experts, experts_reference, tiles_for
+from gemcutter.ops.experts import experts, experts_reference
+from gemcutter.ops.experts_tiles import plan_for
 from gemcutter.ops.geglu import geglu
 from gemcutter.ops.rms_norm import rms_norm
 
@@ -58,11 +59,11 @@ def main() -> None:
         flops = 6.0 * tokens * TOP_K * N * H
         floor = max(moved / BYTES_PER_S, flops / FLOPS_PER_S) * 1e6
         us = microseconds(calls, 50 if tokens <= 512 else 10)
-        up, low = tiles_for(torch.bfloat16, tokens * TOP_K, E)
+        kernel, *tiles = plan_for(tokens, TOP_K, gate_up, down)
         rows.append({"tokens": tokens, "us": us, "floor_us": floor})
         print(
             f"{tokens:6d} {floor:9.1f} {us:9.1f} {floor / us:9.0%} {moved / us / 1e3:8.0f} "
-            f"{flops / us / 1e6:8.1f}  {tuple(up)} {tuple(low)}"
+            f"{flops / us / 1e6:8.1f}  {kernel} {[tuple(tile) for tile in tiles if tile]}"
         )
     for tokens in (1, 64, 8192):
         x = torch.randn(tokens, H, device="cuda", dtype=torch.bfloat16)

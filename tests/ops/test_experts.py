@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
-from gemcutter.ops.experts import experts, experts_reference, tiles_for
+from gemcutter.ops.experts import experts, experts_reference
+from gemcutter.ops.experts_tiles import built_in_plan
 
 
 def case(tokens, num_experts, top_k, hidden, width, dtype, device="cpu", seed=0, hot=None):
@@ -114,14 +115,6 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.gemcutter.experts.default, (x, *args[1:]))
 
 
-def test_block_k_is_one_per_dtype():
-    """Tiles may change with the number of rows, the order of the sum may not."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        tiles = [tiles_for(dtype, slots, 128) for slots in (1, 8, 1024, 1025, 8192, 8193, 10**6)]
-        assert len({(up.block_k, down.block_k) for up, down in tiles}) == 1
-        assert all(up.block_m == down.block_m for up, down in tiles), "one sort, one count of row tiles"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -154,7 +147,7 @@ def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
     """All tile buckets at 26B shapes; BLOCK_M = 16 runs mma.sync, the larger ones wgmma."""
     x, ids, weights, gate_up, down = case(5000, 128, 8, 2816, 704, torch.bfloat16, "cuda", hot=hot)
     crowd = experts(x, ids, weights, gate_up, down)
-    buckets = {tiles_for(x.dtype, n * 8, 128) for n in (1, 100, 700, 5000)}
+    buckets = {built_in_plan(n * 8, gate_up, down) for n in (1, 100, 700, 5000)}
     assert len(buckets) == 3
     for count in (1, 3, 100, 700):
         rows = torch.randperm(5000, device="cuda")[:count]

@@ -6,13 +6,11 @@ Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU t
 products made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
 
 On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N]
-activations, a second one the [slots, H] outputs, and a last kernel adds them up. Many tokens on Hopper go through
-the products of `experts_hopper.py`, which have the same bits. Grids are bounded by the number of slots alone, so
-nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other row, nor on how many
-share its expert: every tile walks K in the same steps, into one accumulator a row.
+activations, a second one the [slots, H] outputs, and a last kernel adds them up. `experts_tiles.py` chooses tiles,
+or the products of `experts_hopper.py` with the same bits, by the number of tokens. Grids are bounded by the number
+of slots alone, so nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other
+row, nor on how many share its expert: every tile walks K upwards, into one accumulator a row.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +18,9 @@ import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
-from gemcutter.ops.experts_hopper import grouped_experts, groups
+from gemcutter.ops.experts_hopper import grouped_experts
+from gemcutter.ops.experts_table import Plan, Tile
+from gemcutter.ops.experts_tiles import plan_for
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import linear_reference
@@ -195,45 +195,14 @@ def _combine_kernel(
     tl.store(out_ptr + token * H + col, acc.to(dtype), mask=inside)
 
 
-class Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-# Tiles of the up and the down GEMM (sharing BLOCK_M), by a bound of mean rows per expert. BLOCK_K is one per
-# dtype, since it sets the order of the sum. The first bucket streams weights: many programs, deep queues.
-_HALF_TILES = (
-    (8, Tile(16, 32, 64, 4, 5), Tile(16, 64, 64, 4, 5)),
-    (64, Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
-    (float("inf"), Tile(128, 64, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
-)
-# Without tensor cores: "ieee" products of floats are FMAs.
-_FLOAT_TILES = (Tile(16, 32, 32, 4, 2), Tile(16, 64, 32, 4, 2))
-
-
-def tiles_for(dtype: torch.dtype, num_slots: int, num_experts: int) -> tuple[Tile, Tile]:
-    """Tiles of the up and down GEMM."""
-    if dtype == torch.float32:
-        return _FLOAT_TILES
-    return next((up, down) for rows, up, down in _HALF_TILES if num_slots <= rows * num_experts)
-
-
 def experts_launch(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    (tokens, hidden), top_k, num_experts = x.shape, ids.shape[1], len(down)
+    (tokens, hidden), top_k = x.shape, ids.shape[1]
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    num_slots = tokens * top_k
-    if num_slots == 0:
-        return out.zero_()
-    order, starts = sort_by_expert(ids, num_experts)
-    if groups(gate_up, down, num_slots):
-        slots = grouped_experts(x, order, starts, gate_up, down, top_k)
-    else:
-        slots = _slots(x, order, starts, gate_up, down, top_k)
+    if tokens == 0:
+        return out
+    slots = expert_slots(plan_for(tokens, top_k, gate_up, down), x, ids, gate_up, down)
     columns = 1024
     _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
         slots, ids, weights, out,
@@ -242,21 +211,28 @@ def experts_launch(
     return out
 
 
-def _slots(x, order, starts, gate_up, down, top_k) -> torch.Tensor:
-    """Each slot's expert MLP [slots, H], before its weight."""
-    num_slots, (num_experts, hidden, width) = len(order), down.shape
+def expert_slots(plan: Plan, x, ids, gate_up, down) -> torch.Tensor:
+    """Each slot's expert MLP [T * k, H], before its weight. The plan does not show in the bits."""
+    top_k, (num_experts, hidden, width) = ids.shape[1], down.shape
+    order, starts = sort_by_expert(ids, num_experts)
+    if plan.kernel == "grouped":
+        return grouped_experts(x, order, starts, gate_up, down, top_k)
+    num_slots = len(order)
     activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
     slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
-    up_tile, down_tile = tiles_for(x.dtype, num_slots, num_experts)
-    # Every hit expert ends in at most one partly filled tile.
-    row_tiles = (num_slots + min(num_experts, num_slots) * (up_tile.block_m - 1)) // up_tile.block_m
     shape = dict(E=num_experts, E_BLOCK=triton.next_power_of_2(num_experts), H=hidden, N=width)
-    _up_kernel[(row_tiles * triton.cdiv(width, up_tile.block_n),)](
+
+    def programs(tile: Tile, columns: int) -> tuple[int]:
+        """Every hit expert ends in at most one partly filled tile."""
+        row_tiles = (num_slots + min(num_experts, num_slots) * (tile.block_m - 1)) // tile.block_m
+        return (row_tiles * triton.cdiv(columns, tile.block_n),)
+
+    _up_kernel[programs(plan.up, width)](
         x, order, starts, gate_up, activated, x.stride(0),
-        TOP_K=top_k, **shape, **_launch_options(up_tile), **chained(x),
+        TOP_K=top_k, **shape, **_launch_options(plan.up), **chained(x),
     )  # fmt: skip
-    _down_kernel[(row_tiles * triton.cdiv(hidden, down_tile.block_n),)](
-        activated, order, starts, down, slots, **shape, **_launch_options(down_tile), **chained(x)
+    _down_kernel[programs(plan.down, hidden)](
+        activated, order, starts, down, slots, **shape, **_launch_options(plan.down), **chained(x)
     )
     return slots
 
