@@ -1,4 +1,4 @@
-"""The command line: generate, chat, serve, info, bench, verify.
+"""The command line: generate, chat, serve, info, bench, tune, verify.
 
 Commands import the model and the server only when they run, so that `--help` answers at once.
 """
@@ -8,10 +8,13 @@ import os
 import sys
 
 import gemcutter
-from gemcutter.cli import bench, chat, generate, info, serve, verify
+from gemcutter.cli import bench, chat, generate, info, serve, tune, verify
 from gemcutter.cli.flags import Parser
 
-COMMANDS = {"generate": generate, "chat": chat, "serve": serve, "info": info, "bench": bench, "verify": verify}
+COMMANDS = {
+    "generate": generate, "chat": chat, "serve": serve, "info": info,
+    "bench": bench, "tune": tune, "verify": verify,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
