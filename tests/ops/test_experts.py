@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
-from gemcutter.ops.experts import experts, experts_reference
+from gemcutter.ops.experts import expert_slots, experts, experts_reference
+from gemcutter.ops.experts_stream import stream_experts, streams
 from gemcutter.ops.experts_tiles import built_in_plan
+from gemcutter.ops.geglu import geglu
+from gemcutter.ops.linear import linear
+from gemcutter.ops.select_experts import select_experts
 
 
 def case(tokens, num_experts, top_k, hidden, width, dtype, device="cpu", seed=0, hot=None):
@@ -112,7 +116,7 @@ def test_refusals():
 def test_opcheck():
     args = case(5, 8, 2, 64, 44, torch.bfloat16)
     for x in (args[0], args[0].repeat(1, 2)[:, :64]):
-        torch.library.opcheck(torch.ops.gemcutter.experts.default, (x, *args[1:]))
+        torch.library.opcheck(torch.ops.gemcutter.experts.default, (x, *args[1:], False))
 
 
 @pytest.mark.gpu
@@ -155,6 +159,59 @@ def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
         same = (got == crowd[rows]).all(-1)
         off = (got.double() - crowd[rows].double()).abs().max()
         assert same.all(), f"{count} rows: {int((~same).sum())} differ, by up to {off}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "num_experts,top_k,hidden,width",
+    [(128, 8, 2816, 704), (8, 4, 200, 72), (16, 3, 136, 40), (5, 1, 64, 264)],
+    ids=str,
+)
+def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hidden, width, dtype):
+    for tokens in (1, 2, 7, 8, 9, 16):
+        for seed, hot in ((1, None), (2, top_k)):
+            x, ids, _, gate_up, down = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda", seed, hot)
+            if hot and top_k > 1:
+                ids[-1, -1] = ids[-1, 0]  # an expert that a token names twice
+            x[0, 0] = float("inf")  # and the tokens beside it are not to notice
+            plan = built_in_plan(tokens * top_k, gate_up, down)
+            want = expert_slots(plan, x, ids, gate_up, down)
+            assert streams(x, gate_up, down) and plan.kernel == "tiles"
+            for kind in (ids, ids.int()):
+                for settled in (False, True):
+                    torch.cuda.synchronize()
+                    got = stream_experts(x, kind, gate_up, down, settled)
+                    same = (got == want) | (got.isnan() & want.isnan())
+                    assert same.all(), f"{tokens} tokens, hot {hot}, {kind.dtype}, settled {settled}"
+
+
+@pytest.mark.gpu
+def test_gpu_experts_wait_for_a_choice_that_geglu_settles():
+    """The chain of a layer, as a graph: were the choice read too early, it would be the one before."""
+    tokens, shape = 4, (128, 8, 2816, 704)
+    x, _, _, gate_up, down = case(tokens, *shape, torch.bfloat16, "cuda")
+    logits, dense = x.new_empty(tokens, 128), torch.randn(2 * 2112, 2816, device="cuda").bfloat16()
+    out, scale = torch.randn(2816, 2112, device="cuda").bfloat16(), torch.ones(128, device="cuda")
+
+    def layer():
+        ids, weights = select_experts(logits, scale, 8)
+        mlp = linear(geglu(linear(x, dense)), out)
+        return experts(x, ids, weights, gate_up, down, settled=True), ids, weights, mlp
+
+    layer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        several = [layer() for _ in range(4)]
+    for seed in range(20):
+        logits.copy_(torch.randn(tokens, 128, generator=torch.Generator().manual_seed(seed)))
+        for got, ids, *_ in several:
+            got.fill_(float("nan"))
+            ids.copy_(torch.arange(8, device="cuda") + seed % 100)
+        graph.replay()
+        for got, ids, weights, _ in several:
+            assert torch.equal(ids, select_experts(logits, scale, 8)[0])
+            assert torch.equal(got, experts(x, ids, weights, gate_up, down)), seed
 
 
 @pytest.mark.gpu

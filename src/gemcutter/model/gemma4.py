@@ -75,11 +75,14 @@ class Gemma4:
             attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms
         )
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
-        out = linear(geglu(linear(mlp_in, w.gate_up)), w.down)
         if e is not None:
+            # Ahead of the MLP: a kernel there (geglu) releases behind its join and so settles the choice
+            # (ops/chain.py), and the experts run beside the MLP's last product.
             router_logits = linear(router_in, e.router)
             ids, weights = select_experts(router_logits, e.per_expert_scale, layer.experts.top_k)
-            out_of_experts = experts(expert_in, ids, weights, e.gate_up, e.down)
+        out = linear(geglu(linear(mlp_in, w.gate_up)), w.down)
+        if e is not None:
+            out_of_experts = experts(expert_in, ids, weights, e.gate_up, e.down, settled=True)
             routed = Routed(out_of_experts, e.dense_post_norm, e.post_norm)
         if w.per_layer_input is None:
             return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed)

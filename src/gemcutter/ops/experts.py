@@ -7,7 +7,8 @@ products made 16 rows at a time (`ops/linear.py`): a row then does not know how 
 
 On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N]
 activations, a second one the [slots, H] outputs, and a last kernel adds them up. `experts_tiles.py` chooses tiles,
-or the products of `experts_hopper.py` with the same bits, by the number of tokens. Grids are bounded by the number
+or the products of `experts_hopper.py` with the same bits, by the number of tokens; few tokens on Hopper are not
+sorted, their experts' weights streamed by `experts_stream.py` (same bits again). Grids are bounded by the number
 of slots alone, so nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other
 row, nor on how many share its expert: every tile walks K upwards, into one accumulator a row.
 """
@@ -19,6 +20,7 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.experts_hopper import grouped_experts
+from gemcutter.ops.experts_stream import stream_experts, streams
 from gemcutter.ops.experts_table import Plan, Tile
 from gemcutter.ops.experts_tiles import plan_for
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
@@ -28,7 +30,12 @@ from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
 
 
 def experts(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Apply each token's experts.
 
@@ -38,6 +45,8 @@ def experts(
         weights: [T, k] float32, dense.
         gate_up: [E, 2N, H] of x's dtype, gate rows then up rows, dense.
         down: [E, H, N] of x's dtype, dense.
+        settled: x and ids are, as `ops/chain.py` has it, and few tokens need not wait for the kernel ahead. Where
+            they are not and this says so, the kernels may read what stood there before.
 
     Returns:
         [T, H] of x's dtype, contiguous.
@@ -45,10 +54,10 @@ def experts(
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    return _experts(x, ids, weights, gate_up, down)
+    return _experts(x, ids, weights, gate_up, down, settled)
 
 
-def check_experts(x, ids, weights, gate_up, down) -> None:
+def check_experts(x, ids, weights, gate_up, down, settled) -> None:
     check_matrix("x", x)
     num_experts, _, width = down.shape if down.ndim == 3 else (0, 0, 0)
     shapes = dict(
@@ -72,7 +81,12 @@ def check_experts(x, ids, weights, gate_up, down) -> None:
 
 
 def experts_reference(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    settled: bool = False,
 ) -> torch.Tensor:
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for expert in ids.unique().tolist():  # ascending
@@ -196,13 +210,21 @@ def _combine_kernel(
 
 
 def experts_launch(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    settled: bool = False,
 ) -> torch.Tensor:
     (tokens, hidden), top_k = x.shape, ids.shape[1]
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    slots = expert_slots(plan_for(tokens, top_k, gate_up, down), x, ids, gate_up, down)
+    if streams(x, gate_up, down):
+        slots = stream_experts(x, ids, gate_up, down, settled)
+    else:
+        slots = expert_slots(plan_for(tokens, top_k, gate_up, down), x, ids, gate_up, down)
     columns = 1024
     _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
         slots, ids, weights, out,
@@ -247,11 +269,11 @@ def _launch_options(tile: Tile) -> dict[str, int]:
     }
 
 
-def experts_fake(x, ids, weights, gate_up, down) -> torch.Tensor:
+def experts_fake(x, ids, weights, gate_up, down, settled) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 _experts = define(
-    "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
+    "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, bool settled) -> Tensor",
     check=check_experts, reference=experts_reference, launch=experts_launch, fake=experts_fake,
 )  # fmt: skip

@@ -24,6 +24,7 @@ from gemcutter.ops.attend_decode import launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 from gemcutter.ops.experts import experts_launch
 from gemcutter.ops.experts_hopper import grouped_experts
+from gemcutter.ops.experts_stream import stream_experts
 from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_hopper import stream
 from gemcutter.verify.case import Case
@@ -73,6 +74,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
             found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
     found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
     found["experts_hopper"] = [_grouped_experts]
+    found["experts_stream"] = [functools.partial(_stream_experts, rows) for rows in (1, 16)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
@@ -97,6 +99,16 @@ def _grouped_experts(
     half, whole = (functools.partial(torch.empty, dtype=dtype) for dtype in (torch.bfloat16, torch.int32))
     weights = half(count, 2 * width, hidden), half(count, hidden, width)
     grouped_experts(half(tokens, hidden), whole(tokens * top_k), whole(count + 1), *weights, top_k)
+
+
+def _stream_experts(tokens: int, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    ids, weights = (
+        torch.zeros(tokens, top_k, dtype=torch.int64),
+        (half(count, 2 * width, hidden), half(count, hidden, width)),
+    )
+    for settled in (False, True):
+        stream_experts(half(tokens, hidden), ids, *weights, settled)
 
 
 def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:
