@@ -133,7 +133,8 @@ WAYS_TO_DRAW = [
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_step_ahead_gives_the_same_and_waits_for_nothing_on_a_gpu(graphs):
     """PyTorch raises if anything makes the host wait, but for the events of steps that are read."""
-    gpu = Engine.start(EngineConfig(device="cuda", context_length=256, disable_cuda_graph=not graphs))
+    options = {"device": "cuda", "context_length": 256, "disable_radix_cache": True}
+    gpu = Engine.start(EngineConfig(**options, disable_cuda_graph=not graphs))
     requests = [
         request(str(i), [2, *range(300, 303 + i)], seed=i, max_tokens=40 + i, **WAYS_TO_DRAW[i % 5])
         for i in range(15)

@@ -94,7 +94,7 @@ class Engine:
             longest = min(config.max_prefill_tokens, size.context_length)
             warm_up(model, pool, longest, config.page_size, progress)
             if largest := config.cuda_graph_max_bs:
-                graphs = DecodeGraphs(model, pool, builder, suppressed, largest, size.context_length, progress)
+                graphs = DecodeGraphs(model, pool, builder, suppressed, largest, progress)
         runner = Runner(model, pool, builder, graphs, suppressed)
         return cls(config, spec, scheduler, runner)
 

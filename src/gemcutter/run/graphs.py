@@ -1,6 +1,5 @@
 """DecodeGraphs: one CUDA graph per bucket of decoding sequences, from token ids to the likeliest next ones."""
 
-import dataclasses
 from bisect import bisect_left
 
 import torch
@@ -30,45 +29,41 @@ class DecodeGraphs:
         builder: StepBuilder,
         suppressed: torch.Tensor | None,
         max_bs: int,
-        context_length: int,
         progress: bool,
     ) -> None:
+        self._model, self._pool, self._builder, self._suppressed = model, pool, builder, suppressed
         self._buckets = buckets_up_to(max_bs)
-        self._inputs: dict[int, StepBatch] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         device = model.weights.embed.device
         memory = torch.cuda.graph_pool_handle()
         # Largest first: the smaller graphs then fit into the memory the largest one left in the shared pool.
         sizes = track(self._buckets[::-1], "Capturing decode graphs", disable=not progress, transient=True)
         for size in sizes:
-            # Sequences of one token each, which they write to page 0; grids hold any up to the context.
-            inputs = dataclasses.replace(builder.build(Plan((), ()), size), max_kv_len=context_length)
-            # Compiles kernels and fills library workspaces outside the capture.
-            argmax_into(builder.drawn[:size], model.forward(inputs, pool), suppressed)
+            batch = builder.build_padded(Plan((), ()), size)
+            self._run(batch)  # compiles kernels and fills library workspaces outside the capture
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
-                logits = model.forward(inputs, pool)
-                argmax_into(builder.drawn[:size], logits, suppressed)
-            self._inputs[size], self._graphs[size] = inputs, (graph, logits)
+                logits = self._run(batch)
+            self._graphs[size] = graph, logits
 
     def bucket(self, sequences: int) -> int | None:
         """The smallest captured batch size that holds so many sequences; None if there is none."""
         at = bisect_left(self._buckets, sequences)
         return self._buckets[at] if at < len(self._buckets) else None
 
-    def replay(self, batch: StepBatch) -> torch.Tensor:
-        """Logits [bucket, V] of a batch padded to a bucket, which live until the next replay; the likeliest tokens
-        are in `builder.drawn`.
+    def replay(self, plan: Plan, bucket: int) -> torch.Tensor:
+        """Logits [bucket, V] of a plan that only decodes, which live until the next replay. The likeliest tokens of
+        all rows are then in `builder.drawn`.
         """
-        size = batch.num_decodes
-        graph, logits = self._graphs[size]
-        assert _places(batch) == _places(self._inputs[size]), f"the graph of {size} reads its batch elsewhere"
+        self._builder.build_padded(plan, bucket)
+        graph, logits = self._graphs[bucket]
         graph.replay()
         return logits
 
-
-def _places(batch: StepBatch) -> list[int]:
-    tensors = [batch.token_ids, batch.positions, batch.query_start, batch.kv_len, batch.logit_rows]
-    tensors += [tensor for where in batch.kinds.values() for tensor in (where.pages, where.slots)]
-    return [tensor.data_ptr() for tensor in tensors]
+    def _run(self, batch: StepBatch) -> torch.Tensor:
+        rows = batch.num_decodes
+        self._builder.look_up(rows)
+        logits = self._model.forward(batch, self._pool)
+        argmax_into(self._builder.drawn[:rows], logits, self._suppressed)
+        return logits

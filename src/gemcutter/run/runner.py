@@ -70,9 +70,9 @@ class Runner:
         bucket = None
         if self._graphs is not None and not plan.prefills:
             bucket = self._graphs.bucket(len(plan.decodes))
-        batch = self._builder.build(plan, pad_to=bucket or 0)
-        logits = self._model.forward(batch, self._pool) if bucket is None else self._graphs.replay(batch)
-        return Flight(plan, logits, has_argmax=bucket is not None)
+        if bucket is not None:
+            return Flight(plan, self._graphs.replay(plan, bucket), has_argmax=True)
+        return Flight(plan, self._model.forward(self._builder.build(plan), self._pool), has_argmax=False)
 
     @torch.inference_mode()
     def draw(self, flight: Flight) -> None:

@@ -112,8 +112,11 @@ class Scheduler:
         max_prefill_tokens.
         """
         chosen: dict[str, Chunk] = {}
-        decoding = [s for s in self._running if not s.in_prompt and s.num_to_compute == 1]
-        others = [s for s in self._running if s.in_prompt or s.num_to_compute > 1]
+        decoding: list[Sequence] = []
+        others: list[Sequence] = []
+        for sequence in self._running:
+            in_turn = sequence.num_to_compute == 1 and not sequence.in_prompt
+            (decoding if in_turn else others).append(sequence)
         for sequence in decoding:
             self._choose(sequence, 1, chosen)
         room = _Room(rows=self._max_running - len(decoding), prompt_tokens=self._max_prefill_tokens)
@@ -141,13 +144,15 @@ class Scheduler:
 
         Whose last token is drawn for certain gives its pages and its place back.
         """
-        for chunk in plan.chunks:
-            chunk.sequence.num_computed = chunk.stop
-            self.ledger.commit(chunk.sequence.id, chunk.stop)
-        for row, chunk in enumerate(plan.samplers):
-            sequence = chunk.sequence
+        row = 0
+        for sequence, _, stop, samples in plan.chunks:
+            sequence.num_computed = stop
+            self.ledger.commit(sequence.id, stop)
+            if not samples:
+                continue
             sequence.drawn_row = row
             sequence.num_unread += 1
+            row += 1
             if sequence.length >= sequence.max_length:
                 self._running.remove(sequence)
                 self.ledger.release(sequence.id)
@@ -220,7 +225,7 @@ class Scheduler:
 
         It takes them from younger sequences. The youngest keeps what it holds and waits for the next step.
         """
-        if sequence.arrival >= self._first_waiting():
+        if self._waits(sequence):
             return False  # put back by an older one in this very step
         stop = sequence.num_computed + size
         while not self.ledger.extend(sequence.id, stop):
@@ -275,15 +280,15 @@ class Scheduler:
             goal = (length if kind is Kind.FULL else soon) + page_size
             reserve[kind] += self.ledger.missing(sequence.id, goal)
 
-    def _first_waiting(self) -> int:
-        """Arrival from which on sequences wait; every running one came before."""
-        return self._waiting[0].arrival if self._waiting else self._arrivals
+    def _waits(self, sequence: Sequence) -> bool:
+        """Every running one came before the first that waits."""
+        return bool(self._waiting) and sequence.arrival >= self._waiting[0].arrival
 
     def _end(self, sequence: Sequence) -> None:
         del self._live[sequence.id]
         if sequence in self._leaving:
             self._leaving.remove(sequence)
-        elif sequence.arrival >= self._first_waiting():
+        elif self._waits(sequence):
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
