@@ -55,7 +55,7 @@ def _members(
 
 
 @gluon.jit
-def _up_kernel(
+def _up_stream_kernel(
     weight_desc, x_desc, ids_ptr, out_ptr, tokens, TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr,
     K: gl.constexpr, COLS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     SETTLED: gl.constexpr,
@@ -131,7 +131,7 @@ def _up_kernel(
 
 
 @gluon.jit
-def _down_kernel(
+def _down_stream_kernel(
     weight_desc, x_ptr, ids_ptr, out_ptr, tokens, TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr,
     K: gl.constexpr, ROWS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     x_layout: gl.constexpr,
@@ -219,12 +219,12 @@ def stream_experts(
     block_t, down_stages = (8, 7) if tokens <= 8 else (16, 5)
     shape = dict(TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK_T=block_t)
     options = dict(num_warps=4, launch_pdl=True, enable_fp_fusion=False)
-    _up_kernel[(num_slots * triton.cdiv(width, COLS),)](
+    _up_stream_kernel[(num_slots * triton.cdiv(width, COLS),)](
         descriptor(gate_up.flatten(0, 1), [COLS, UP_K]), descriptor(x, [block_t, UP_K]), ids, activated, tokens,
         N=width, K=hidden, COLS=COLS, BLOCK_K=UP_K, STAGES=UP_STAGES, SETTLED=settled, **shape, **options,
     )  # fmt: skip
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    _down_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
+    _down_stream_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
         descriptor(down.flatten(0, 1), [ROWS, DOWN_K]), activated, ids, slots, tokens,
         N=hidden, K=width, ROWS=ROWS, BLOCK_K=DOWN_K, STAGES=down_stages,
         x_layout=gl.NVMMASharedLayout.get_default_for([block_t, DOWN_K], dtype), **shape, **options,
