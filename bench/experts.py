@@ -59,7 +59,7 @@ def main() -> None:
         flops = 6.0 * tokens * TOP_K * N * H
         floor = max(moved / BYTES_PER_S, flops / FLOPS_PER_S) * 1e6
         us = microseconds(calls, 50 if tokens <= 512 else 10)
-        kernel, *tiles = plan_for(tokens, TOP_K, gate_up, down)
+        kernel, *tiles = plan_for(x, TOP_K, gate_up, down)
         rows.append({"tokens": tokens, "us": us, "floor_us": floor})
         print(
             f"{tokens:6d} {floor:9.1f} {us:9.1f} {floor / us:9.0%} {moved / us / 1e3:8.0f} "

@@ -8,7 +8,8 @@ from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
 from gemcutter.ops.experts import expert_slots, experts, experts_reference
 from gemcutter.ops.experts_stream import stream_experts, streams
-from gemcutter.ops.experts_tiles import built_in_plan
+from gemcutter.ops.experts_table import Plan
+from gemcutter.ops.experts_tiles import built_in_plan, built_in_tiles
 from gemcutter.ops.geglu import geglu
 from gemcutter.ops.linear import linear
 from gemcutter.ops.select_experts import select_experts
@@ -148,11 +149,10 @@ def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, widt
 @pytest.mark.gpu
 @pytest.mark.parametrize("hot", [None, 8], ids=["spread", "hot"])
 def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
-    """All tile buckets at 26B shapes; BLOCK_M = 16 runs mma.sync, the larger ones wgmma."""
+    """All kernels at 26B shapes; tiles of BLOCK_M = 16 run mma.sync, the larger ones wgmma."""
     x, ids, weights, gate_up, down = case(5000, 128, 8, 2816, 704, torch.bfloat16, "cuda", hot=hot)
     crowd = experts(x, ids, weights, gate_up, down)
-    buckets = {built_in_plan(n * 8, gate_up, down) for n in (1, 100, 700, 5000)}
-    assert len(buckets) == 3
+    assert len({built_in_plan(x[:n], 8, gate_up, down) for n in (1, 100, 700, 5000)}) == 4
     for count in (1, 3, 100, 700):
         rows = torch.randperm(5000, device="cuda")[:count]
         got = experts(x[rows], ids[rows], weights[rows], gate_up, down)
@@ -175,9 +175,9 @@ def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hi
             if hot and top_k > 1:
                 ids[-1, -1] = ids[-1, 0]  # an expert that a token names twice
             x[0, 0] = float("inf")  # and the tokens beside it are not to notice
-            plan = built_in_plan(tokens * top_k, gate_up, down)
-            want = expert_slots(plan, x, ids, gate_up, down)
-            assert streams(x, gate_up, down) and plan.kernel == "tiles"
+            plan = Plan("tiles", *built_in_tiles(dtype, tokens * top_k / num_experts))
+            want = expert_slots(plan, x, ids, gate_up, down, False)
+            assert streams(x, gate_up, down)
             for kind in (ids, ids.int()):
                 for settled in (False, True):
                     torch.cuda.synchronize()

@@ -12,7 +12,7 @@ from gemcutter.ops.experts_tiles import built_in_plan, load_table, plan_for
 
 SHAPE = Shape(16, 4, 64, 48)
 TILES = Plan("tiles", Tile(16, 32, 128, 4, 3), Tile(32, 64, 64, 8, 2))
-PLANS = {1: TILES, 8: TILES._replace(down=TILES.up), 1024: Plan("grouped")}
+PLANS = {1: Plan("stream"), 8: TILES._replace(down=TILES.up), 64: TILES, 1024: Plan("grouped")}
 TABLE = Table(
     "Test GPU/1", "bfloat16", SHAPE, "by hand", PLANS, {tokens: Times(3.5, 2.25, 1.0) for tokens in PLANS}
 )
@@ -47,10 +47,10 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing(folder):
 
 
 @pytest.mark.parametrize(
-    "tokens,measured", [(1, 1), (2, 1), (3, 8), (8, 8), (90, 8), (91, 1024), (1024, 1024), (10**6, 1024)]
+    "tokens,measured", [(1, 1), (2, 1), (3, 8), (8, 8), (255, 64), (257, 1024), (1024, 1024), (10**6, 1024)]
 )
 def test_the_nearest_number_of_tokens_counts(tokens, measured):
-    assert TABLE.plan(tokens) == PLANS[measured]
+    assert TABLE.nearest(tokens)[0] == PLANS[measured] and set(TABLE.nearest(tokens)) == set(PLANS.values())
 
 
 def test_every_table_of_the_package_is_whole():
@@ -72,18 +72,18 @@ def test_every_table_of_the_package_is_whole():
         (lambda t: t.update(hidden=2.5), "hidden is 2.5"),
         (lambda t: t["tokens"].update({"0": t["tokens"]["1"]}), "tokens is 0"),
         (lambda t: t["tokens"].update(few=t["tokens"]["1"]), "'few'"),
-        (lambda t: t["tokens"]["1"].update(kernel="magic"), "kernel 'magic' is none of tiles"),
-        (lambda t: t["tokens"]["1"].update(kernel="grouped"), "kernel 'grouped' has tiles of its own"),
-        (lambda t: t["tokens"]["1"].pop("down"), "no 'down'"),
-        (lambda t: t["tokens"]["1"].pop("us"), "no 'us'"),
-        (lambda t: t["tokens"]["1"]["us"].pop("floor"), "no 'floor'"),
-        (lambda t: t["tokens"]["1"].update(split_k=2), "unknown 'split_k'"),
-        (lambda t: t["tokens"]["1"]["up"].update(block_m=8), "block_m is 8: a power of two from 16"),
-        (lambda t: t["tokens"]["1"]["up"].update(block_k=96), "block_k is 96: a power of two"),
-        (lambda t: t["tokens"]["1"]["up"].update(block_n="64"), "block_n is '64'"),
-        (lambda t: t["tokens"]["1"]["up"].update(warps=3), "warps is 3"),
-        (lambda t: t["tokens"]["1"]["up"].update(stages=True), "stages is True"),
-        (lambda t: t["tokens"]["1"]["up"].pop("stages"), "no 'stages'"),
+        (lambda t: t["tokens"]["8"].update(kernel="magic"), "kernel 'magic' is none of tiles"),
+        (lambda t: t["tokens"]["8"].update(kernel="grouped"), "kernel 'grouped' has tiles of its own"),
+        (lambda t: t["tokens"]["8"].pop("down"), "no 'down'"),
+        (lambda t: t["tokens"]["8"].pop("us"), "no 'us'"),
+        (lambda t: t["tokens"]["8"]["us"].pop("floor"), "no 'floor'"),
+        (lambda t: t["tokens"]["8"].update(split_k=2), "unknown 'split_k'"),
+        (lambda t: t["tokens"]["8"]["up"].update(block_m=8), "block_m is 8: a power of two from 16"),
+        (lambda t: t["tokens"]["8"]["up"].update(block_k=96), "block_k is 96: a power of two"),
+        (lambda t: t["tokens"]["8"]["up"].update(block_n="64"), "block_n is '64'"),
+        (lambda t: t["tokens"]["8"]["up"].update(warps=3), "warps is 3"),
+        (lambda t: t["tokens"]["8"]["up"].update(stages=True), "stages is True"),
+        (lambda t: t["tokens"]["8"]["up"].pop("stages"), "no 'stages'"),
         (lambda t: t["tokens"].update({"1": []}), "list"),
     ],
 )
@@ -137,26 +137,35 @@ def weights(dtype=torch.bfloat16, kind=OnGpu):
 def test_the_plan_is_the_tables(folder, monkeypatch, caplog):
     put()
     monkeypatch.setattr(experts_tiles, "_device_name", lambda device: TABLE.device)
-    monkeypatch.setattr(experts_tiles, "groups", lambda *args: False)
     monkeypatch.setattr(experts_tiles, "loads_by_tma", lambda *matrices: True)
-    assert plan_for(1, 4, *weights()) == TILES and plan_for(2000, 4, *weights()) == Plan("grouped")
+    monkeypatch.setattr(experts_tiles, "streams", lambda x, *weights: len(x) <= 4)
+    assert plan(1) == plan(2) == Plan("stream") and plan(2000) == Plan("grouped")
+    assert plan(3) == plan(5) == PLANS[8] and plan(40) == TILES
+    # Where the kernel of the nearest does not run, the next nearest counts.
     monkeypatch.setattr(experts_tiles, "loads_by_tma", lambda *matrices: False)
-    assert plan_for(1, 4, *weights()) == TILES
-    # What TMA cannot load goes through tiles, and what no table is for by the rule.
+    monkeypatch.setattr(experts_tiles, "streams", lambda x, *weights: False)
+    assert plan(1) == PLANS[8] and plan(2000) == TILES
+    # And what no table is for goes by the rule.
+    monkeypatch.setattr(experts_tiles, "groups", lambda *args: False)
     with caplog.at_level(logging.WARNING):
-        for plan in (
-            plan_for(2000, 4, *weights()),
-            plan_for(2000, 2, *weights()),
-            plan_for(2000, 4, *weights(torch.float16)),
-            plan_for(2000, 4, *weights(torch.float32)),
-            plan_for(2000, 4, *weights(kind=torch.Tensor)),
+        for other in (
+            plan(2000, 2),
+            plan(2000, dtype=torch.float16),
+            plan(2000, dtype=torch.float32),
+            plan(2000, kind=torch.Tensor),
         ):
-            assert plan.kernel == "tiles" and plan.up not in (TILES.up, TILES.down)
+            assert other.kernel == "tiles" and other.up not in (TILES.up, TILES.down)
     assert len(caplog.records) == 2, "top 2, and float16; float32 and a CPU have no tables"
 
 
+def plan(tokens, top_k=4, dtype=torch.bfloat16, kind=OnGpu):
+    return plan_for(torch.zeros(tokens, SHAPE.hidden, dtype=dtype), top_k, *weights(dtype, kind))
+
+
 def test_the_rule_follows_rows_an_expert(folder):
-    half, whole = weights(kind=torch.Tensor), weights(torch.float32, kind=torch.Tensor)
-    plans = [built_in_plan(rows * 16, *half) for rows in (1, 8, 9, 64, 65, 10**6)]
+    def rule(rows, dtype):
+        return built_in_plan(torch.zeros(rows * 4, 64, dtype=dtype), 4, *weights(dtype, torch.Tensor))
+
+    plans = [rule(rows, torch.bfloat16) for rows in (1, 8, 9, 64, 65, 10**4)]
     assert [plan.up.block_m for plan in plans] == [16, 16, 64, 64, 128, 128]
-    assert len({built_in_plan(rows, *whole) for rows in (1, 10**6)}) == 1
+    assert len({rule(rows, torch.float32) for rows in (1, 10**4)}) == 1

@@ -20,7 +20,7 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.experts_hopper import grouped_experts
-from gemcutter.ops.experts_stream import stream_experts, streams
+from gemcutter.ops.experts_stream import stream_experts
 from gemcutter.ops.experts_table import Plan, Tile
 from gemcutter.ops.experts_tiles import plan_for
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
@@ -221,10 +221,7 @@ def experts_launch(
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return out
-    if streams(x, gate_up, down):
-        slots = stream_experts(x, ids, gate_up, down, settled)
-    else:
-        slots = expert_slots(plan_for(tokens, top_k, gate_up, down), x, ids, gate_up, down)
+    slots = expert_slots(plan_for(x, top_k, gate_up, down), x, ids, gate_up, down, settled)
     columns = 1024
     _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
         slots, ids, weights, out,
@@ -233,8 +230,10 @@ def experts_launch(
     return out
 
 
-def expert_slots(plan: Plan, x, ids, gate_up, down) -> torch.Tensor:
+def expert_slots(plan: Plan, x, ids, gate_up, down, settled: bool) -> torch.Tensor:
     """Each slot's expert MLP [T * k, H], before its weight. The plan does not show in the bits."""
+    if plan.kernel == "stream":
+        return stream_experts(x, ids, gate_up, down, settled)
     top_k, (num_experts, hidden, width) = ids.shape[1], down.shape
     order, starts = sort_by_expert(ids, num_experts)
     if plan.kernel == "grouped":

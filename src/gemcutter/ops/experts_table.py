@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "tables"
-KERNELS = ("tiles", "grouped")  # Triton's tiles in `experts.py`; the products of `experts_hopper.py`
+# Triton's tiles in `experts.py`; the products of `experts_stream.py`, and those of `experts_hopper.py`.
+KERNELS = ("tiles", "stream", "grouped")
 DTYPES = ("bfloat16", "float16")  # products on tensor cores
 
 
@@ -56,9 +57,10 @@ class Table(NamedTuple):
     plans: Mapping[int, Plan]  # by the number of tokens they were measured with
     times: Mapping[int, Times]
 
-    def plan(self, tokens: int) -> Plan:
-        """Of the nearest number of tokens that was measured, by ratio."""
-        return self.plans[min(self.plans, key=lambda measured: max(measured / tokens, tokens / measured))]
+    def nearest(self, tokens: int) -> list[Plan]:
+        """The plans, those first that were measured with the nearest number of tokens, by ratio."""
+        measured = sorted(self.plans, key=lambda other: max(other / tokens, tokens / other))
+        return [self.plans[other] for other in measured]
 
 
 def table_path(device: str, dtype: str, shape: Shape) -> Path:

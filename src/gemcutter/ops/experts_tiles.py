@@ -6,6 +6,7 @@ import logging
 import torch
 
 from gemcutter.ops.experts_hopper import groups
+from gemcutter.ops.experts_stream import streams
 from gemcutter.ops.experts_table import DTYPES, Plan, Shape, Table, Tile, read_table, table_path
 from gemcutter.ops.linear_hopper import loads_by_tma
 
@@ -20,19 +21,29 @@ _HALF_TILES = (
 _FLOAT_TILES = (Tile(16, 32, 32, 4, 2), Tile(16, 64, 32, 4, 2))
 
 
-def plan_for(tokens: int, top_k: int, gate_up: torch.Tensor, down: torch.Tensor) -> Plan:
-    """How this many tokens go through gate_up [E, 2N, H] and down [E, H, N]."""
+def plan_for(x: torch.Tensor, top_k: int, gate_up: torch.Tensor, down: torch.Tensor) -> Plan:
+    """How x [T, H], T from 1 on, goes through gate_up [E, 2N, H] and down [E, H, N]."""
     if table := table_in_use(top_k, down):
-        plan = table.plan(tokens)
-        if plan.kernel == "tiles" or loads_by_tma(gate_up, down):
-            return plan
-    return built_in_plan(tokens * top_k, gate_up, down)
+        for plan in table.nearest(len(x)):
+            if takes(plan, x, gate_up, down):
+                return plan
+    return built_in_plan(x, top_k, gate_up, down)
 
 
-def built_in_plan(num_slots: int, gate_up: torch.Tensor, down: torch.Tensor) -> Plan:
+def built_in_plan(x: torch.Tensor, top_k: int, gate_up: torch.Tensor, down: torch.Tensor) -> Plan:
+    num_slots = len(x) * top_k
+    if streams(x, gate_up, down):
+        return Plan("stream")
     if groups(gate_up, down, num_slots):
         return Plan("grouped")
-    return Plan("tiles", *built_in_tiles(gate_up.dtype, num_slots / len(down)))
+    return Plan("tiles", *built_in_tiles(x.dtype, num_slots / len(down)))
+
+
+def takes(plan: Plan, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
+    """Whether the plan's kernel runs with these."""
+    if plan.kernel == "stream":
+        return streams(x, gate_up, down)
+    return plan.kernel == "tiles" or loads_by_tma(gate_up, down)
 
 
 def built_in_tiles(dtype: torch.dtype, rows: float) -> tuple[Tile, Tile]:

@@ -30,5 +30,5 @@ def _compile(shape: Shape, dtype: torch.dtype, plan: Plan) -> None:
     gate_up, down = (torch.zeros(1, *size, dtype=dtype, device="cuda") for size in ((2 * n, h), (h, n)))
     x, ids = gate_up.new_zeros(1, h), torch.zeros(1, k, dtype=torch.int64, device="cuda")
     with contextlib.suppress(Exception):
-        expert_slots(plan, x, ids, gate_up.expand(e, -1, -1), down.expand(e, -1, -1))
+        expert_slots(plan, x, ids, gate_up.expand(e, -1, -1), down.expand(e, -1, -1), settled=True)
     torch.cuda.synchronize()

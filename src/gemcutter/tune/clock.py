@@ -14,7 +14,7 @@ from gemcutter.bench.latency_ceiling import Ceiling
 from gemcutter.bench.timing import GRAPH_SECONDS, Graph, time_graphs
 from gemcutter.ops.experts import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape
-from gemcutter.ops.experts_tiles import built_in_plan
+from gemcutter.ops.experts_tiles import built_in_plan, takes
 
 COPIES = 2  # of the weights: what one call read has left the cache when its copy's turn comes again
 ROUTINGS = 4  # calls in turn, each of its own tokens
@@ -40,19 +40,23 @@ class Clock:
             x = torch.empty(tokens, h, dtype=self.dtype, device=self.device).normal_()
             ids = torch.rand(tokens, e, device=self.device).topk(k, -1).indices
             self._calls.append((x, ids, *self._weights[i % COPIES]))
-        self._want = expert_slots(self.built_in(), *self._calls[0])
+        self._want = self._run(self.built_in(), *self._calls[0])
 
     def built_in(self) -> Plan:
-        return built_in_plan(self.tokens * self.shape.top_k, *self._weights[0])
+        x, _, gate_up, down = self._calls[0]
+        return built_in_plan(x, self.shape.top_k, gate_up, down)
 
     def failure(self, plan: Plan) -> str:
         """Why the plan cannot be taken: it does not run, or has other results than the built-in one; or nothing."""
+        x, _, *weights = self._calls[0]
+        if not takes(plan, x, *weights):
+            return f"the kernel {plan.kernel!r} is not for such tokens, weights or card"
         _, _, h, n = self.shape
         # The allocator gives such memory out again, so that what a kernel leaves unwritten is NaN.
         poison = [self._want.new_full((len(self._want), width), math.nan) for width in (n, h)]
         del poison
         try:
-            got = expert_slots(plan, *self._calls[0])
+            got = self._run(plan, *self._calls[0])
             different = int((got != self._want).sum())
         except Exception as error:  # whatever Triton raises of a tile is a reason not to take it
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -62,11 +66,12 @@ class Clock:
         """Median s of each, in turn, so that a change of clocks meets all alike."""
         times = max(1, math.ceil(GRAPH_SECONDS / self.floor() / ROUTINGS))
         return time_graphs(
-            [
-                Graph([functools.partial(expert_slots, plan, *args) for args in self._calls] * times)
-                for plan in plans
-            ]
+            [Graph([functools.partial(self._run, plan, *args) for args in self._calls] * times) for plan in plans]
         )
+
+    @staticmethod
+    def _run(plan: Plan, *args: torch.Tensor) -> torch.Tensor:
+        return expert_slots(plan, *args, settled=True)
 
     def floor(self) -> float:
         """s that the hit experts' weights take to come, or the products to be computed, at least."""
