@@ -138,12 +138,12 @@ def test_times_of_a_batch_that_begins_one_by_one(clock):
 
 def test_the_median_of_the_runs_counts(clock):
     runs = [[9.0, 9.0, 9.0], [1.0, 0.5, 0.5], [5.0, 0.1, 0.1], [2.0, 0.2, 0.2]]  # the first only warms up
-    engine = clock(ScriptedEngine([s for run in runs for s in run] + [1.0] * 6, prefills=0))
+    engine = clock(ScriptedEngine([s for run in runs for s in run] + [1.0] * 7, prefills=0))
     stages = []
     got = measure(engine, 2, 10, 3, seed=0, stage=stages.append)
     assert (got.ttft, got.tpot) == (pytest.approx(2.0), pytest.approx(0.2)) and stages == list(STAGES)
     assert got.context == 10 + 2 + 2 and got.prefill.ran and got.decode.ran and not engine.has_work
-    assert len({tuple(prompt) for prompt in engine.prompts}) == 2 * 5, (
+    assert len({tuple(prompt) for prompt in engine.prompts}) == 2 * 6, (
         "a prompt came twice: the cache would know it"
     )
 

@@ -43,7 +43,7 @@ class Batch:
 class Latency:
     ttft: float  # s
     tpot: float
-    prefill: Steps  # all steps until every request had a token
+    prefill: Steps  # all steps of a batch that answers one token each
     decode: Steps  # PROFILED_STEPS of them
     context: int  # tokens that a request held in the middle of those
 
@@ -100,7 +100,8 @@ def measure(
     seed: int,
     stage: Callable[[str], None] = lambda name: None,
 ) -> Latency:
-    """Time RUNS batches after one that only warms up, then profile the prefill and some decode steps of one more.
+    """Time RUNS batches after one that only warms up, then profile the prefill of one more and some decode steps of
+    another: an engine that launches ahead would mix the two.
 
     Args:
         engine: idle.
@@ -130,10 +131,11 @@ def measure(
         runs.append(driver.finish(driver.submit(output_len)))
     stage(STAGES[-1])
     device = torch.device(engine.config.device)
-    batch = driver.submit(None)  # must outlive the profile
     with watch(device) as prefill:
-        while not batch.all_began:
-            driver.step(batch)
+        driver.finish(driver.submit(1))
+    batch = driver.submit(None)  # must outlive the profile
+    while not batch.all_began:
+        driver.step(batch)
     for _ in range((output_len - 1) // 2):
         driver.step(batch)
     held = input_len + statistics.fmean(map(len, batch.stamps.values()))

@@ -40,9 +40,11 @@ class Steps:
 
 @contextlib.contextmanager
 def watch(device: torch.device) -> Iterator[Steps]:
-    """Profile the block. On a GPU only its own side is recorded, which does not slow the host down."""
+    """Profile what the block launches. On a GPU only its own side is recorded: the host is not slowed down."""
     steps = Steps()
     gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.synchronize(device)  # what was launched before is not the block's
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         yield steps
         if gpu:
