@@ -127,6 +127,7 @@ SGL_KERNEL = SimpleNamespace(
     sgl_per_token_quant_fp8=_quantize,
     topk_softmax=_topk_softmax,
     moe_align_block_size=_align,
+    moe_sum_reduce=lambda slots, out, factor: _put(out, slots.float().sum(1) * factor),
 )
 VLLM = (
     SimpleNamespace(
@@ -138,7 +139,7 @@ VLLM = (
         dynamic_per_token_scaled_fp8_quant=lambda q, x, scale, bound: _quantize(x, q, scale),
         rms_norm_dynamic_per_token_quant=_norm_quantize,
     ),
-    SimpleNamespace(moe_align_block_size=_align),
+    SimpleNamespace(moe_align_block_size=_align, moe_sum=lambda slots, out: _put(out, slots.float().sum(1))),
     SimpleNamespace(reshape_and_cache_flash=_store_pages),
 )
 GEMMA4 = SimpleNamespace(

@@ -35,7 +35,7 @@ ATTENTION = [(NVJET, L), (SPLIT, L), ("_qkv_rope_store_kernel", N), ("_partial_k
              ("_linear_kernel", L), ("_attention_seam_kernel", N)]  # fmt: skip
 DENSE = [("void gemv2T_kernel_val<int, int, __nv_bfloat16>()", L), ("_gelu_mul_kernel", O), (NVJET, L)]
 MOE = [*DENSE, (NVJET, L), ("_select_kernel", R), ("_rank_kernel", R), ("_place_kernel", R), ("_up_kernel", E),
-       ("_down_kernel", E), ("_combine_kernel", E)]  # fmt: skip
+       ("_down_kernel", E)]  # fmt: skip
 BEGIN = [("Memcpy HtoD (Pinned -> Device)", O), ("_embed_kernel", O), ("_rms_norm_kernel", N)]
 INDEX = ("void at::native::index_elementwise_kernel<128, 4>(long)", O)
 END = [INDEX, (NVJET, H), (SPLIT, H), ("_softcap_kernel", H), ("void at::native::reduce_kernel<512, 1>()", O)]

@@ -13,6 +13,7 @@ from gemcutter.ops.experts_tiles import built_in_plan, built_in_tiles
 from gemcutter.ops.geglu import geglu
 from gemcutter.ops.linear import linear
 from gemcutter.ops.select_experts import select_experts
+from gemcutter.ops.slot_sum import slot_sum_reference
 
 
 def case(tokens, num_experts, top_k, hidden, width, dtype, device="cpu", seed=0, hot=None):
@@ -27,20 +28,18 @@ def case(tokens, num_experts, top_k, hidden, width, dtype, device="cpu", seed=0,
     if hot:
         scores[:, hot:] -= 2
     ids = scores.topk(top_k, -1).indices
-    weights = torch.rand(tokens, top_k, generator=g, device=device) * 1.5 + 0.01
     gate_up = randn(num_experts, 2 * width, hidden, scale=hidden**-0.5)
     down = randn(num_experts, hidden, width, scale=width**-0.5)
-    return x, ids, weights, gate_up, down
+    return x, ids, gate_up, down
 
 
-def exact(x, ids, weights, gate_up, down):
-    """float64 without rounding, on the CPU's or GPU's float64 units."""
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+def exact(x, ids, gate_up, down):
+    """[T, k, H] of float64 without rounding, on the CPU's or GPU's float64 units."""
+    out = torch.full((*ids.shape, x.shape[1]), float("nan"), dtype=torch.float64, device=x.device)
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
         gate, up = (x[token].double() @ gate_up[expert].double().T).chunk(2, -1)
-        y = (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ down[expert].double().T
-        out.index_add_(0, token, y * weights[token, slot, None].double())
+        out[token, slot] = (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ down[expert].double().T
     return out
 
 
@@ -53,8 +52,9 @@ def error(got, want):
     "tokens,num_experts,top_k", [(0, 8, 2), (1, 8, 4), (23, 16, 4), (40, 4, 4), (9, 128, 8)], ids=str
 )
 def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype, monkeypatch):
-    """HF's own bits, once its products are made of 16 rows at a time as ours are."""
-    x, ids, weights, gate_up, down = case(tokens, num_experts, top_k, 64, 44, dtype)
+    """HF's own bits, once its products are made of 16 rows at a time as ours are, and ours are added up."""
+    x, ids, gate_up, down = case(tokens, num_experts, top_k, 64, 44, dtype)
+    weights = torch.rand(tokens, top_k) * 1.5 + 0.01
     config = Gemma4TextConfig(
         hidden_size=64,
         num_experts=num_experts,
@@ -68,10 +68,11 @@ def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype, monkeypatch):
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", sixteen_rows_at_a_time(torch.nn.functional.linear))
         want = module(x, ids, weights)
-    assert torch.equal(experts(x, ids, weights, gate_up, down), want)
-    assert torch.equal(experts(x, ids.int(), weights, gate_up, down), want)
+    slots = experts(x, ids, gate_up, down)
+    assert torch.equal(slot_sum_reference(slots, ids, weights), want)
+    assert torch.equal(experts(x, ids.int(), gate_up, down), slots)
     if tokens:
-        assert error(want, exact(x, ids, weights, gate_up, down)) < (1e-6 if dtype == torch.float32 else 0.01)
+        assert error(slots, exact(x, ids, gate_up, down)) < (1e-6 if dtype == torch.float32 else 0.01)
 
 
 def sixteen_rows_at_a_time(linear):
@@ -87,29 +88,27 @@ def sixteen_rows_at_a_time(linear):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hot", [None, 4], ids=["spread", "hot"])
 def test_row_alone_equals_the_row_in_a_crowd(hot, dtype):
-    x, ids, weights, gate_up, down = case(100, 16, 4, 192, 64, dtype, hot=hot)
-    crowd = experts(x, ids, weights, gate_up, down)
+    x, ids, gate_up, down = case(100, 16, 4, 192, 64, dtype, hot=hot)
+    crowd = experts(x, ids, gate_up, down)
     for some in (range(1), range(99, 100), range(3, 40), range(64), range(99, -1, -7)):
         rows = torch.tensor(some)
-        assert torch.equal(experts(x[rows], ids[rows], weights[rows], gate_up, down), crowd[rows]), rows
+        assert torch.equal(experts(x[rows], ids[rows], gate_up, down), crowd[rows]), rows
 
 
 def test_refusals():
-    x, ids, weights, gate_up, down = case(5, 8, 2, 64, 44, torch.float32)
+    x, ids, gate_up, down = case(5, 8, 2, 64, 44, torch.float32)
     for change, error, message in (
         (dict(x=x.double()), TypeError, "x is torch.float64"),
         (dict(x=x[0]), ValueError, "two dims"),
         (dict(ids=ids.float()), TypeError, "ids are torch.float32"),
         (dict(ids=ids[:4]), ValueError, "each of 5 tokens"),
         (dict(ids=ids[:, ::2]), ValueError, "dense"),
-        (dict(weights=weights.half()), TypeError, "weights are torch.float16"),
-        (dict(weights=weights[:, :1].contiguous()), ValueError, r"one for each of the ids \(5, 2\)"),
         (dict(gate_up=gate_up.half()), TypeError, "gate_up is torch.float16"),
         (dict(gate_up=gate_up[:, 1:].contiguous()), ValueError, r"gate_up \(8, 87, 64\)"),
         (dict(down=down.transpose(1, 2)), ValueError, "are needed"),
         (dict(down=down[0]), ValueError, "are needed"),
     ):
-        args = dict(x=x, ids=ids, weights=weights, gate_up=gate_up, down=down) | change
+        args = dict(x=x, ids=ids, gate_up=gate_up, down=down) | change
         with pytest.raises(error, match=message):
             experts(*args.values())
 
@@ -136,7 +135,7 @@ def test_opcheck():
 def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, width, dtype):
     args = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda")
     got = experts(*args)
-    assert got.dtype == dtype and got.shape == (tokens, hidden)
+    assert got.dtype == dtype and got.shape == (tokens, top_k, hidden)
     if tokens:
         want = exact(*args)
         # The slack is for float32: one accumulator over 2816 products, where cuBLAS may split them.
@@ -150,13 +149,13 @@ def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, widt
 @pytest.mark.parametrize("hot", [None, 8], ids=["spread", "hot"])
 def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
     """All kernels at 26B shapes; tiles of BLOCK_M = 16 run mma.sync, the larger ones wgmma."""
-    x, ids, weights, gate_up, down = case(5000, 128, 8, 2816, 704, torch.bfloat16, "cuda", hot=hot)
-    crowd = experts(x, ids, weights, gate_up, down)
+    x, ids, gate_up, down = case(5000, 128, 8, 2816, 704, torch.bfloat16, "cuda", hot=hot)
+    crowd = experts(x, ids, gate_up, down)
     assert len({built_in_plan(x[:n], 8, gate_up, down) for n in (1, 100, 700, 5000)}) == 4
     for count in (1, 3, 100, 700):
         rows = torch.randperm(5000, device="cuda")[:count]
-        got = experts(x[rows], ids[rows], weights[rows], gate_up, down)
-        same = (got == crowd[rows]).all(-1)
+        got = experts(x[rows], ids[rows], gate_up, down)
+        same = (got == crowd[rows]).flatten(1).all(-1)
         off = (got.double() - crowd[rows].double()).abs().max()
         assert same.all(), f"{count} rows: {int((~same).sum())} differ, by up to {off}"
 
@@ -171,7 +170,7 @@ def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
 def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hidden, width, dtype):
     for tokens in (1, 2, 7, 8, 9, 16):
         for seed, hot in ((1, None), (2, top_k)):
-            x, ids, _, gate_up, down = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda", seed, hot)
+            x, ids, gate_up, down = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda", seed, hot)
             if hot and top_k > 1:
                 ids[-1, -1] = ids[-1, 0]  # an expert that a token names twice
             x[0, 0] = float("inf")  # and the tokens beside it are not to notice
@@ -190,14 +189,14 @@ def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hi
 def test_gpu_experts_wait_for_a_choice_that_geglu_settles():
     """The chain of a layer, as a graph: were the choice read too early, it would be the one before."""
     tokens, shape = 4, (128, 8, 2816, 704)
-    x, _, _, gate_up, down = case(tokens, *shape, torch.bfloat16, "cuda")
+    x, _, gate_up, down = case(tokens, *shape, torch.bfloat16, "cuda")
     logits, dense = x.new_empty(tokens, 128), torch.randn(2 * 2112, 2816, device="cuda").bfloat16()
     out, scale = torch.randn(2816, 2112, device="cuda").bfloat16(), torch.ones(128, device="cuda")
 
     def layer():
-        ids, weights = select_experts(logits, scale, 8)
+        ids, _ = select_experts(logits, scale, 8)
         mlp = linear(geglu(linear(x, dense)), out)
-        return experts(x, ids, weights, gate_up, down, settled=True), ids, weights, mlp
+        return experts(x, ids, gate_up, down, settled=True), ids, mlp
 
     layer()
     graph = torch.cuda.CUDAGraph()
@@ -205,13 +204,13 @@ def test_gpu_experts_wait_for_a_choice_that_geglu_settles():
         several = [layer() for _ in range(4)]
     for seed in range(20):
         logits.copy_(torch.randn(tokens, 128, generator=torch.Generator().manual_seed(seed)))
-        for got, ids, *_ in several:
+        for got, ids, _ in several:
             got.fill_(float("nan"))
             ids.copy_(torch.arange(8, device="cuda") + seed % 100)
         graph.replay()
-        for got, ids, weights, _ in several:
+        for got, ids, _ in several:
             assert torch.equal(ids, select_experts(logits, scale, 8)[0])
-            assert torch.equal(got, experts(x, ids, weights, gate_up, down)), seed
+            assert torch.equal(got, experts(x, ids, gate_up, down)), seed
 
 
 @pytest.mark.gpu
@@ -224,7 +223,7 @@ def test_gpu_experts_in_a_cuda_graph():
         out = experts(*args)
     for seed, hot in ((1, None), (2, 8)):
         other = case(16, 128, 8, 2816, 704, torch.bfloat16, "cuda", seed=seed, hot=hot)
-        for static, new in zip(args[:3], other[:3], strict=True):
+        for static, new in zip(args[:2], other[:2], strict=True):
             static.copy_(new)
         out.fill_(float("nan"))
         graph.replay()

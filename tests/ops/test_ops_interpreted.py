@@ -51,13 +51,14 @@ def check_seams(dtype) -> None:
             module.seam_tile = lambda width, rows, experts: row.row_tile(width) | dict(EARLY=rows % 2 == 0)
         wide = torch.randn(tokens, width + 4).to(dtype) * 3
         out, (residual, routed) = wide[:, :width], torch.randn(2, tokens, width).to(dtype)
+        slots, ids = torch.randn(tokens, 6, width).to(dtype), torch.randint(4, (tokens, 6))  # some ids twice
         a, b, c, d = torch.rand(4, width).to(dtype) + 0.5
         for extra in ((None, None), (c, d)):
             args = (out, residual, a, b, 1e-6, *extra)
             same(attention_seam.attention_seam_launch(*args), attention_seam.attention_seam_reference(*args))
         scalar = torch.rand(1).to(dtype) + 0.5
         for last in ((None, None), (scalar, b)):
-            for experts in ((None, None, None), (routed, c, d)):
+            for experts in ((None,) * 5, (routed, c, d, None, None), (slots, c, d, ids, torch.rand(tokens, 6))):
                 args = (out, residual, a, 1e-6, *last, *experts)
                 same(layer_seam.layer_seam_launch(*args), layer_seam.layer_seam_reference(*args))
 
@@ -105,11 +106,11 @@ def check_experts(dtype) -> None:
         ids = scores.topk(top_k, -1).indices
         gate_up = (torch.randn(num_experts, 2 * width, hidden) * hidden**-0.5).to(dtype)
         down = (torch.randn(num_experts, hidden, width) * width**-0.5).to(dtype)
-        args = x, ids, torch.rand(tokens, top_k), gate_up, down
+        args = x, ids, gate_up, down
         got = experts.experts_launch(*args)
         close(got, experts.experts_reference(*args), ulps=8)
         if tokens:
-            assert torch.equal(experts.experts_launch(x[:1], ids[:1], args[2][:1], gate_up, down), got[:1])
+            assert torch.equal(experts.experts_launch(x[:1], ids[:1], gate_up, down), got[:1])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
 from gemcutter.ops.attention_seam import attention_seam, attention_seam_reference
 from gemcutter.ops.layer_seam import Routed, layer_seam, layer_seam_reference
+from gemcutter.ops.slot_sum import slot_sum_reference
 
 EPS = 1e-6
 WIDTHS = [192, 1536, 2560, 2816, 3840, 5376]
@@ -29,6 +30,14 @@ def rows(tokens: int, width: int, dtype, seed: int, device="cpu") -> torch.Tenso
 def weights(count: int, width: int, dtype, device="cpu") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(99)
     return [(torch.rand(width, generator=generator) + 0.5).to(device, dtype) for _ in range(count)]
+
+
+def slots_of(tokens: int, width: int, dtype, seed: int, device="cpu") -> tuple[torch.Tensor, ...]:
+    """Experts' outputs [T, 8, width], odd ones among them, with ids and weights, some ids twice."""
+    slots = rows(tokens * 8, width, dtype, seed, device).view(tokens, 8, width)
+    generator = torch.Generator().manual_seed(seed)
+    ids, weights = torch.randint(20, (tokens, 8), generator=generator), torch.rand(tokens, 8, generator=generator)
+    return slots, ids.to(device), weights.to(device)
 
 
 def norm(weight: torch.Tensor) -> hf.Gemma4RMSNorm:
@@ -73,6 +82,45 @@ def test_layer_seam_is_hf(tokens, dtype, hf_sums_as_we_do):
         same(layer_seam(out, residual, post, EPS, scalar, following, experts), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_layer_seam_adds_up_the_experts(tokens, dtype):
+    slots, ids, top = slots_of(tokens, 192, dtype, 5)
+    out, residual = (rows(tokens, 192, dtype, seed) for seed in (3, 4))
+    post, dense_post, expert_post = weights(3, 192, dtype)
+    added = Routed(slot_sum_reference(slots, ids, top), dense_post, expert_post)
+    want = layer_seam(out, residual, post, EPS, routed=added)[:1]
+    for chosen in (ids, ids.int()):
+        routed = Routed(slots, dense_post, expert_post, chosen, top)
+        same(layer_seam(out, residual, post, EPS, routed=routed), want)
+
+
+def test_layer_seam_refuses_slots():
+    x, (post, dense_post, expert_post) = rows(3, 64, torch.float32, 1), weights(3, 64, torch.float32)
+    slots, ids, top = slots_of(3, 64, torch.float32, 2)
+    given = Routed(slots, dense_post, expert_post, ids, top)
+    layer_seam(x, x, post, EPS, routed=given)
+    for change, error, message in (
+        (dict(ids=None), ValueError, "come together"),
+        (dict(weights=None), ValueError, "come together"),
+        (dict(ids=ids.float()), TypeError, "ids are torch.float32"),
+        (dict(ids=ids[:2], weights=top[:2]), ValueError, r"ids have shape \(2, 8\)"),
+        (dict(ids=ids[0], weights=top[0]), ValueError, r"ids have shape \(8,\)"),
+        (dict(ids=ids[:, ::2], weights=top[:, :4].contiguous()), ValueError, "dense"),
+        (dict(ids=ids[:, :0], weights=top[:, :0], out=slots[:, :0]), ValueError, "k from 1 to 32"),
+        (dict(ids=ids.repeat(1, 5), weights=top.repeat(1, 5)), ValueError, "k from 1 to 32"),
+        (dict(weights=top.double()), TypeError, "weights are torch.float64"),
+        (dict(weights=top[:, :7].contiguous()), ValueError, r"weights have shape \(3, 7\)"),
+        (dict(out=slots[:, :7].contiguous()), ValueError, r"routed.out has shape \(3, 7, 64\)"),
+        (dict(out=slots.transpose(0, 1).contiguous().transpose(0, 1)), ValueError, "dense"),
+        (dict(out=slots.half()), TypeError, "routed.out is torch.float16"),
+    ):
+        with pytest.raises(error, match=message):
+            layer_seam(x, x, post, EPS, routed=given._replace(**change))
+    with pytest.raises(ValueError, match="come together"):
+        torch.ops.gemcutter.layer_seam(x, x, post, EPS, *[None] * 5, ids, top)
+
+
 @pytest.mark.parametrize("missing", ("dense_post", "expert_post"))
 def test_layer_seam_refuses_half_a_branch(missing):
     """The reference would norm without that weight, where the kernel has none to read."""
@@ -100,14 +148,15 @@ def test_gpu_kernels_have_the_references_bits(width, dtype):
     scalar = torch.tensor([0.8125], dtype=dtype, device="cuda")
     for tokens in (0, 1, 2, 7, 64, 257, 1024):
         out, residual, routed = (rows(tokens, width, dtype, seed, "cuda") for seed in (3, 4, 5))
+        slots, ids, top = slots_of(tokens, width, dtype, 6, "cuda")
         wide = torch.cat([out, out], 1)[:, :width]  # rows further apart than their width
         for extra in ((None, None), (b, c)):
             got = attention_seam(wide, residual, post, a, EPS, *extra)
             same(got, attention_seam_reference(out, residual, post, a, EPS, *extra))
         for last in ((None, None), (scalar, a)):
-            for experts in (None, Routed(routed, b, c)):
+            for experts in (None, Routed(routed, b, c), Routed(slots, b, c, ids, top)):
                 got = layer_seam(out, residual, post, EPS, *last, experts)
-                flat = experts or (None, None, None)
+                flat = experts or (None,) * 5
                 same(got, layer_seam_reference(out, residual, post, EPS, *last, *flat))
-    alone = Routed(routed[5:6].contiguous(), b, c)
+    alone = Routed(slots[5:6], b, c, ids[5:6], top[5:6])
     same(layer_seam(out[5:6], residual[5:6], post, EPS, scalar, a, alone), [x[5:6] for x in got])

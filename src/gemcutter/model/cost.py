@@ -79,8 +79,8 @@ def step_work(
         pairs = _pairs(context, layer.window) - _pairs(context - queries, layer.window)
         pairs_flops += 4 * layer.q_width * batch * pairs
         kv += 2 * layer.kv_width * batch * min(context, queries + (layer.window or context) - 1)
-        # The attention seam reads 2 rows and writes 2, the layer seam too; with experts 2 and 4, 3 and 2.
-        seams = 8 if layer.experts is None else 11
+        # The attention seam reads 2 rows and writes 2, the layer seam too; with experts 2 and 4, 2 + top_k and 2.
+        seams = 8 if layer.experts is None else 10 + layer.experts.top_k
         stored = 2 * layer.kv_width if layer.owns_kv else 0
         activations += batch * queries * (layer.qkv_width + layer.q_width + stored + seams * spec.hidden)
         if layer.experts:

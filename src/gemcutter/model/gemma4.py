@@ -82,8 +82,8 @@ class Gemma4:
             ids, weights = select_experts(router_logits, e.per_expert_scale, layer.experts.top_k)
         out = linear(geglu(linear(mlp_in, w.gate_up)), w.down)
         if e is not None:
-            out_of_experts = experts(expert_in, ids, weights, e.gate_up, e.down, settled=True)
-            routed = Routed(out_of_experts, e.dense_post_norm, e.post_norm)
+            slots = experts(expert_in, ids, e.gate_up, e.down, settled=True)
+            routed = Routed(slots, e.dense_post_norm, e.post_norm, ids, weights)
         if w.per_layer_input is None:
             return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed)
         # 3. Per-layer input

@@ -1,14 +1,14 @@
-"""Mixture of experts: each token's top k expert MLPs, weighted and added.
+"""Mixture of experts: each token's top k expert MLPs.
 
-Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`); down = linear; * weight in
-float; each rounded to the dtype. A token's slots are then added in ascending expert id, rounded after each.
+Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`); down = linear; each rounded to
+the dtype. Their weighted sum is `layer_seam`'s (`slot_sum.py`), which reads them but once.
 Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits, were its
 products made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
 
 On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N]
-activations, a second one the [slots, H] outputs, and a last kernel adds them up. `experts_tiles.py` chooses tiles,
-or the products of `experts_hopper.py` with the same bits, by the number of tokens; few tokens on Hopper are not
-sorted, their experts' weights streamed by `experts_stream.py` (same bits again). Grids are bounded by the number
+activations, a second one the [slots, H] outputs. `experts_tiles.py` chooses tiles, or the products of
+`experts_hopper.py` with the same bits, by the number of tokens; few tokens on Hopper are not sorted, their experts'
+weights streamed by `experts_stream.py` (same bits again). Grids are bounded by the number
 of slots alone, so nothing waits for the device and a CUDA graph can hold it all. A row's bits depend on no other
 row, nor on how many share its expert: every tile walks K upwards, into one accumulator a row.
 """
@@ -30,34 +30,28 @@ from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
 
 
 def experts(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    settled: bool = False,
+    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool = False
 ) -> torch.Tensor:
     """Apply each token's experts.
 
     Args:
         x: [T, H] of float32, bfloat16 or float16, normed; dense rows, row stride free. T may be 0.
         ids: [T, k] int32 or int64 in [0, E), which the caller guarantees; dense.
-        weights: [T, k] float32, dense.
         gate_up: [E, 2N, H] of x's dtype, gate rows then up rows, dense.
         down: [E, H, N] of x's dtype, dense.
         settled: x and ids are, as `ops/chain.py` has it, and few tokens need not wait for the kernel ahead. Where
             they are not and this says so, the kernels may read what stood there before.
 
     Returns:
-        [T, H] of x's dtype, contiguous.
+        [T, k, H] of x's dtype, contiguous: a token's experts in the order of its ids, not weighted.
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    return _experts(x, ids, weights, gate_up, down, settled)
+    return _experts(x, ids, gate_up, down, settled)
 
 
-def check_experts(x, ids, weights, gate_up, down, settled) -> None:
+def check_experts(x, ids, gate_up, down, settled) -> None:
     check_matrix("x", x)
     num_experts, _, width = down.shape if down.ndim == 3 else (0, 0, 0)
     shapes = dict(
@@ -73,27 +67,16 @@ def check_experts(x, ids, weights, gate_up, down, settled) -> None:
     if len(ids) != len(x) or ids.device != x.device or not ids.shape[1]:
         got = f"shape {tuple(ids.shape)} on {ids.device}"
         raise ValueError(f"ids have {got}: some for each of {len(x)} tokens on {x.device} are needed")
-    if weights.dtype != torch.float32 or weights.device != x.device:
-        raise TypeError(f"weights are {weights.dtype} on {weights.device}: float32 on {x.device} is needed")
-    if weights.shape != ids.shape or not weights.is_contiguous():
-        got = f"shape {tuple(weights.shape)}, strides {weights.stride()}"
-        raise ValueError(f"weights have {got}: one for each of the ids {tuple(ids.shape)}, dense")
 
 
 def experts_reference(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    settled: bool = False,
+    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool = False
 ) -> torch.Tensor:
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for expert in ids.unique().tolist():  # ascending
+    out = experts_fake(x, ids, gate_up, down, settled)
+    for expert in ids.unique().tolist():
         slot, token = torch.where(ids.T == expert)
         activated = geglu_reference(linear_reference(x[token], gate_up[expert]))
-        y = linear_reference(activated, down[expert])
-        out.index_add_(0, token, (y * weights[token, slot, None]).to(x.dtype))
+        out[token, slot] = linear_reference(activated, down[expert])
     return out
 
 
@@ -182,52 +165,14 @@ def _down_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=row_in[:, None] & col_in[None, :])
 
 
-@triton.jit
-def _combine_kernel(
-    slots_ptr, ids_ptr, weights_ptr, out_ptr,
-    H: tl.constexpr, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    """out[t] = sum of slots[t, i] * weights[t, i] in ascending expert id, rounded after each step."""
-    release(CHAINED)
-    join(CHAINED)
-    token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = col < H
-    i = tl.arange(0, K_BLOCK)
-    far = 2147483647  # past every expert
-    ids = tl.load(ids_ptr + token * TOP_K + i, mask=i < TOP_K, other=far).to(tl.int32)
-    # Equal ids, which no router makes, keep slot order, as HF's index_add does.
-    ahead = (ids[None, :] < ids[:, None]) | ((ids[None, :] == ids[:, None]) & (i[None, :] < i[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), axis=1)
-    dtype = out_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK], tl.float32)
-    for step in tl.static_range(TOP_K):
-        slot = token * TOP_K + tl.sum(tl.where(rank == step, i, 0), axis=0)
-        y = tl.load(slots_ptr + slot * H + col, mask=inside, other=0.0).to(tl.float32)
-        y = (y * tl.load(weights_ptr + slot)).to(dtype).to(tl.float32)
-        acc = (acc + y).to(dtype).to(tl.float32)
-    tl.store(out_ptr + token * H + col, acc.to(dtype), mask=inside)
-
-
 def experts_launch(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    settled: bool = False,
+    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool = False
 ) -> torch.Tensor:
-    (tokens, hidden), top_k = x.shape, ids.shape[1]
-    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    tokens, top_k = ids.shape
     if tokens == 0:
-        return out
+        return experts_fake(x, ids, gate_up, down, settled)
     slots = expert_slots(plan_for(x, top_k, gate_up, down), x, ids, gate_up, down, settled)
-    columns = 1024
-    _combine_kernel[(tokens, triton.cdiv(hidden, columns))](
-        slots, ids, weights, out,
-        H=hidden, TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK=columns, num_warps=4, **chained(x),
-    )  # fmt: skip
-    return out
+    return slots.view(tokens, top_k, x.shape[1])
 
 
 def expert_slots(plan: Plan, x, ids, gate_up, down, settled: bool) -> torch.Tensor:
@@ -268,11 +213,11 @@ def _launch_options(tile: Tile) -> dict[str, int]:
     }
 
 
-def experts_fake(x, ids, weights, gate_up, down, settled) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def experts_fake(x, ids, gate_up, down, settled) -> torch.Tensor:
+    return x.new_empty(*ids.shape, x.shape[1])
 
 
 _experts = define(
-    "experts(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, bool settled) -> Tensor",
+    "experts(Tensor x, Tensor ids, Tensor gate_up, Tensor down, bool settled) -> Tensor",
     check=check_experts, reference=experts_reference, launch=experts_launch, fake=experts_fake,
 )  # fmt: skip

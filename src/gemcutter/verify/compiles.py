@@ -89,8 +89,7 @@ def _launch(case: Case, rows: int) -> None:
 def _experts(rows: int, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     ids = torch.zeros(rows, top_k, dtype=torch.int64)
-    weights = torch.empty(rows, top_k)
-    experts_launch(half(rows, hidden), ids, weights, half(count, 2 * width, hidden), half(count, hidden, width))
+    experts_launch(half(rows, hidden), ids, half(count, 2 * width, hidden), half(count, hidden, width))
 
 
 def _grouped_experts(

@@ -4,6 +4,7 @@ from gemcutter.ops.attention_seam import attention_seam_launch, attention_seam_r
 from gemcutter.ops.layer_seam import layer_seam_launch, layer_seam_reference
 from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
 from gemcutter.verify.case import Case
+from gemcutter.verify.inputs import Draw
 from gemcutter.verify.shapes import EPS, MODELS, PER_LAYER, Model
 
 
@@ -17,6 +18,8 @@ def norm_cases() -> list[Case]:
         if model.per_layer:  # before and after the per-layer input
             cases.append(_layer_seam(model, last=False))
         cases.append(_layer_seam(model, last=True))
+        if model.experts:  # as `hf/` has it: HF's experts add up their outputs
+            cases.append(_layer_seam(model, last=False, added=True))
     return cases
 
 
@@ -46,16 +49,27 @@ def _attention_seam(model: Model) -> Case:
     )  # fmt: skip
 
 
-def _layer_seam(model: Model, last: bool) -> Case:
+def _layer_seam(model: Model, last: bool, added: bool = False) -> Case:
+    """added: the experts' outputs come as their sum."""
     width, routed = model.hidden, model.experts is not None
+    count, top_k, _ = model.experts or (0, 0, 0)
+    slots = 0 if added else top_k
 
-    def arguments(draw):
-        closing = (draw.weight(1), draw.weight(width)) if last else (None, None)
-        more = (draw.rows(width), draw.weight(width), draw.weight(width)) if routed else (None, None, None)
-        return draw.rows(width), draw.rows(width), draw.weight(width), EPS, *closing, *more
+    def arguments(draw: Draw) -> tuple:
+        args = [draw.rows(width), draw.rows(width), draw.weight(width), EPS]
+        args += [draw.weight(1), draw.weight(width)] if last else [None, None]
+        if not routed:
+            return *args, *[None] * 5
+        args += [draw.rows(slots, width) if slots else draw.rows(width), draw.weight(width), draw.weight(width)]
+        if not slots:
+            return *args, None, None
+        scores = draw.rows(count).float().nan_to_num()
+        return *args, scores.topk(slots, -1).indices, draw.weight(draw.count, slots).float()
 
-    form = " experts" * routed + (" to the next layer" if last else " before the per-layer input")
+    form = f" {top_k} experts" * routed + " added" * added
+    form += " to the next layer" if last else " before the per-layer input" * (not routed)
+    read = 2 + (slots or routed)
     return Case(
         "layer_seam", f"{model.name} hidden {width}{form}", arguments, layer_seam_launch, layer_seam_reference,
-        lambda rows: ((3 + last + routed) * rows + 1 + last + 2 * routed) * width * 2,
+        lambda rows: ((read + 1 + last) * rows + 1 + last + 2 * routed) * width * 2 + rows * slots * (8 + 4),
     )  # fmt: skip

@@ -60,28 +60,43 @@ def _vllm_attention_seam(attended, residual, post, pre, eps, expert_pre, router_
     return call
 
 
-def _sgl_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post):
+def _weighted(slots: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor | None:
+    """In both engines the experts' down product does it."""
+    return slots if weights is None else (slots * weights[..., None]).to(slots.dtype)
+
+
+def _sgl_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights):
     """A scalar of 1 where the layer goes on, so that one launch does it."""
     ops = sglang_gemma4()
     scale = torch.ones(1, dtype=out.dtype, device=out.device) if scalar is None else scalar
+    slots = _weighted(routed, weights)
 
     def call():
         if routed is None:
             hidden = ops.gemma_rmsnorm_residual_scalar(out, post, residual, scale, eps)
         else:
+            added = slots
+            if ids is not None:
+                added = torch.empty_like(out)
+                sgl_kernel().moe_sum_reduce(slots, added, 1.0)
             hidden = ops.gemma_dual_rmsnorm_residual_scalar(
-                out, dense_post, routed, expert_post, post, residual, scale, eps, eps, eps
+                out, dense_post, added, expert_post, post, residual, scale, eps, eps, eps
             )
         return [hidden] if next_norm is None else [hidden, _sgl_norm(hidden, next_norm, eps)]
 
     return call
 
 
-def _vllm_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post):
+def _vllm_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights):
+    slots = _weighted(routed, weights)
+
     def call():
-        x = out
+        x, added = out, slots
+        if ids is not None:
+            added = torch.empty_like(out)
+            vllm_ops()[1].moe_sum(slots, added)
         if routed is not None:
-            x = _vllm_norm(out, dense_post, eps) + _vllm_norm(routed, expert_post, eps)
+            x = _vllm_norm(out, dense_post, eps) + _vllm_norm(added, expert_post, eps)
         hidden = _vllm_norm(x, post, eps) + residual
         if next_norm is None:
             return [hidden]
@@ -101,7 +116,11 @@ NORMS = {
         Peer("vLLM rms_norm, fused_add_rms_norm, rms_norm a reader", ("vllm",), _vllm_attention_seam),
     ],
     "layer_seam": [
-        Peer("SGLang rmsnorm_residual_scalar, sgl_kernel rmsnorm", ("sglang", "sgl_kernel"), _sgl_layer_seam),
-        Peer("vLLM rms_norm a norm, torch add, mul", ("vllm",), _vllm_layer_seam),
+        Peer(
+            "sgl_kernel moe_sum_reduce, SGLang rmsnorm_residual_scalar, sgl_kernel rmsnorm",
+            ("sglang", "sgl_kernel"),
+            _sgl_layer_seam,
+        ),
+        Peer("vLLM moe_sum, rms_norm a norm, torch add, mul", ("vllm",), _vllm_layer_seam),
     ],
 }
