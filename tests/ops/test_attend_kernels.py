@@ -24,6 +24,10 @@ SHAPES = {
     "fp16": (6, 2, 64, 100, 16, FP16),
     "fp32-tiny": (4, 1, 64, None, 16, FP32),
     "fp32": (8, 2, 256, 512, 16, FP32),
+    "groups of 3, pages of 8": (6, 2, 256, 100, 8, BF16),
+    "groups of 6, pages of 128": (12, 2, 512, None, 128, FP16),
+    "window of one, pages of 256": (4, 4, 256, 1, 256, BF16),
+    "windowed 512": (4, 2, 512, 65, 8, BF16),
 }
 DECODES = [(1, 1), (1, 5), (1, 128), (1, 129), (1, 1024), (1, 1537), (1, 3000)]
 CHUNKS = [(2, 2), (7, 400), (65, 65), (200, 1300), (300, 2100)]
@@ -52,7 +56,7 @@ def test_kernels_against_float64(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["26B-sliding", "26B-full"])
+@pytest.mark.parametrize("name", ["26B-sliding", "26B-full", "31B-sliding", "groups of 3, pages of 8"])
 def test_a_chunk_has_the_bits_of_the_whole_prompt(name):
     heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
     case = make_case([(700, 1900)], heads, kv_heads, head_dim, page_size, window, dtype, "cuda")

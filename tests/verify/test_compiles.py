@@ -45,6 +45,13 @@ def test_chains_kernels_where_cards_can():
         assert "wgmma" in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_LIMIT
 
 
+def test_prefill_by_tma_fits_hopper():
+    kernels = compile_op("attend_prefill_hopper", "sm_90")["attend_prefill_hopper._prefill_kernel"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert "m64n256k16" in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_LIMIT
+
+
 @pytest.mark.slow
 def test_attention_fits_hopper():
     kernels = compile_op("attend", "sm_90")

@@ -2,13 +2,15 @@
 
 Key tiles lie at multiples of BLOCK_N from the sequence's first token, whatever the chunk, and a tile that a
 row cannot see leaves its sums as they were: a row's bits depend on its position and its keys, not on chunking
-or company.
+or company. `attend_prefill_hopper.py` does the same on the cards that it is named for.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.attend_prefill_hopper import prefill
+from gemcutter.ops.load_pages import loads_pages
 from gemcutter.ops.online_softmax import FLOOR, fold
 
 
@@ -137,6 +139,9 @@ def launch_prefill(
     group = q.shape[1] // num_kv_heads
     assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
     assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
+    if loads_pages(k_cache, v_cache):
+        prefill(q, k_cache, v_cache, query_start, kv_len, pages, first_seq, max_query_len, window, out)
+        return
     tile = prefill_tile(q.dtype, head_dim)
     grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, num_seqs)
     _prefill_kernel[grid](

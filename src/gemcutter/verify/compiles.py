@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from gemcutter import ops
 from gemcutter.ops.attend_decode import launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
+from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.experts import experts_launch
 from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream import stream_experts
@@ -79,6 +80,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
     found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
+    found["attend_prefill_hopper"] = [functools.partial(_attend, *shape, by_tma=True) for shape in shapes[:2]]
     return found
 
 
@@ -120,12 +122,17 @@ def _stream(rows: int, depth: int = 2816, columns: int = 2112) -> None:
     stream(half(rows, depth), half(columns, depth), half(rows, columns))
 
 
-def _attend(heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
-    """A decode of 40 keys, and a prefill of 32."""
+def _attend(
+    heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype, by_tma: bool = False
+) -> None:
+    """A decode of 40 keys, and a prefill of 32; or the prefill alone, by TMA."""
     q = torch.empty(33, heads, head_dim, dtype=dtype)
     cache = torch.empty(8, kv_heads, 16, head_dim, dtype=dtype)
     pages = torch.zeros(2, 4, dtype=torch.int32)
     start, kv_len = torch.tensor([0, 1, 33], dtype=torch.int32), torch.tensor([40, 40], dtype=torch.int32)
+    if by_tma:
+        prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, q)
+        return
     launch_decode(q, cache, cache, kv_len, pages, 1, window, q)
     launch_prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, q)
 
