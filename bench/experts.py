@@ -54,7 +54,7 @@ def main() -> None:
         got, want = calls[-1](), experts_reference(x, ids, gate_up, down)
         relative = ((got.double() - want.double()).norm() / want.double().norm()).item()
         assert relative < 0.01, f"T={tokens}: off the reference by {relative}; no timing of wrong results"
-        moved = hits / len(calls) * 3 * N * H * 2 + tokens * (2 * H * 2 + TOP_K * 12)
+        moved = hits / len(calls) * 3 * N * H * 2 + tokens * ((1 + TOP_K) * H * 2 + TOP_K * 8)
         flops = 6.0 * tokens * TOP_K * N * H
         floor = max(moved / BYTES_PER_S, flops / FLOPS_PER_S) * 1e6
         us = microseconds(calls, 50 if tokens <= 512 else 10)
