@@ -35,6 +35,10 @@ def attend(
             pages, the dump and the tail of the last page may hold NaN.
         window: tokens visible to a query, itself included; None sees all.
 
+    On Hopper a decode reads `batch`, `pages`, and keys and values older than the step (a sequence's below
+    kv_len - T), before the kernels ahead of it are done. They must be settled, as `ops/chain.py` has it: written by
+    an earlier step, or by PyTorch's copies ahead of this step's first op. No op of the step may write them.
+
     Returns:
         [T, num_heads, D] of q's dtype. A row's bits depend on its own sequence, and on a GPU on whether it is
         decoded or prefilled (the two kernels sum in different orders), never on the chunk or the rest of the

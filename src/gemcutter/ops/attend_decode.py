@@ -3,13 +3,15 @@
 Splits are SPLIT keys long and begin at multiples of SPLIT in the sequence. Split s, counted from the first
 one in sight, goes into partial s % MAX_SLOTS; a partial folds its splits in ascending order, and the merge
 takes the partials in ascending order. So a row's bits depend on its sequence alone, and the launch on no
-length that only the GPU knows: a CUDA graph captured at one length replays at any.
+length that only the GPU knows: a CUDA graph captured at one length replays at any. Hopper has kernels of its own
+(`attend_decode_hopper.py`), one query a sequence as here.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.attend_decode_hopper import launch_hopper, takes_cache
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.online_softmax import FLOOR, LOG2E, fold
 
@@ -155,6 +157,9 @@ def launch_decode(
     top = torch.empty(num_seqs, num_heads, slots, dtype=torch.float32, device=q.device)
     total = torch.empty_like(top)
     workers = max(1, min(slots, triton.cdiv(PROGRAMS, num_seqs * num_kv_heads)))
+    if takes_cache(k_cache, v_cache):
+        launch_hopper(q, k_cache, v_cache, kv_len, pages, window, out, (part, top, total), workers, SPLIT, ROWS)
+        return
     _partial_kernel[(workers, num_kv_heads, num_seqs)](
         q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], slots, k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,

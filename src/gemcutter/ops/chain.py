@@ -2,16 +2,17 @@
 
 On Hopper and later a kernel of ours may be on the card before the one ahead of it is done; what it does until
 `join` (addresses, loads of weights) is free. Every chained kernel joins before its first access to anything but its
-weights, so what it sees is what it would see without chaining. Weights (of norms, linears and experts, scales,
-rope tables) are taken for parameters: none may be the result of one of our ops on the same stream, unless a kernel
-of PyTorch's, which waits for all before it, stands between. Another op of ours between is not enough: it may let
-its successor come before it has joined itself, and so while the one ahead of it still writes.
+weights and what is settled, so what it sees is what it would see without chaining. Weights (of norms, linears and
+experts, scales, rope tables) are taken for parameters: none may be the result of one of our ops on the same stream,
+unless a kernel of PyTorch's, which waits for all before it, stands between. Another op of ours between is not
+enough: it may let its successor come before it has joined itself, and so while the one ahead of it still writes.
 
 A tensor is settled for a kernel, and may be read before it joins, if between the kernel that wrote it and this one
 stands one that releases behind its join, or any of PyTorch's: that one began its work when all before it were done,
-and what comes after it came later still. Norms, seams, `geglu`, `select_experts` and `embed` release behind their
-join; `linear`, `experts`, `attend` and the head norms may do so before. Source: CUDA
-programming guide, programmatic dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
+and what comes after it came later still. A step's batch, and the K/V of steps before it, are settled for all its
+kernels but the first, which is `embed`. Norms, seams, `geglu`, `select_experts` and `embed` release behind their
+join; `linear`, `experts`, `attend` and the head norms may do so before. Source: CUDA programming guide,
+programmatic dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
 """
 
 import functools

@@ -20,7 +20,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gemcutter import ops
-from gemcutter.ops.attend_decode import launch_decode
+from gemcutter.ops.attend_decode import ROWS, SPLIT, launch_decode
+from gemcutter.ops.attend_decode_hopper import launch_hopper
 from gemcutter.ops.attend_prefill import launch_prefill
 from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.experts import experts_launch
@@ -80,6 +81,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
     found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
+    found["attend_decode_hopper"] = [functools.partial(_attend_decode, *shape[:4]) for shape in shapes[:2]]
     found["attend_prefill_hopper"] = [functools.partial(_attend, *shape, by_tma=True) for shape in shapes[:2]]
     return found
 
@@ -135,6 +137,17 @@ def _attend(
         return
     launch_decode(q, cache, cache, kv_len, pages, 1, window, q)
     launch_prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, q)
+
+
+def _attend_decode(heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
+    """Few sequences and many."""
+    for seqs in (1, 64):
+        q, cache = (
+            torch.empty(*shape, head_dim, dtype=torch.bfloat16) for shape in ((seqs, heads), (8, kv_heads, 16))
+        )
+        pages, kv_len = torch.zeros(seqs, 4, dtype=torch.int32), torch.full((seqs,), 40, dtype=torch.int32)
+        part, top = torch.empty(seqs, heads, 9, head_dim), torch.empty(seqs, heads, 9)
+        launch_hopper(q, cache, cache, kv_len, pages, window, q, (part, top, top), 3, SPLIT, ROWS)
 
 
 def compile_op(op: str, target: str) -> dict[str, list[CompiledKernel]]:
