@@ -46,7 +46,7 @@ def test_chains_kernels_where_cards_can():
 
 
 def test_prefill_by_tma_fits_hopper():
-    kernels = compile_op("attend_prefill_hopper", "sm_90")["attend_prefill_hopper._prefill_kernel"]
+    kernels = compile_op("attend_prefill_hopper", "sm_90")["attend_prefill_hopper._prefill_hopper_kernel"]
     assert len(kernels) == 2
     for kernel in kernels:
         assert "m64n256k16" in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_LIMIT

@@ -28,6 +28,7 @@ PARTS = {
     "attend_decode": Part.ATTENTION,
     "attend_decode_hopper": Part.ATTENTION,
     "attend_prefill": Part.ATTENTION,
+    "attend_prefill_hopper": Part.ATTENTION,
     "logits": Part.HEAD,
     "softcap": Part.HEAD,
     "rms_norm": Part.NORMS,
