@@ -8,8 +8,8 @@ Keys and values come by TMA in tiles of 64 keys by 256 columns (`load_pages.py`)
 own, so that one multiplies while the other is at its softmax. At head dim 256 there is room for two tiles of each,
 and a warpgroup also starts the next tile's scores before it adds up this one's values.
 
-Measured on one H200 at 8192 tokens of 26B-A4B, TFLOP/s of visible pairs: sliding layers 533 (Triton's kernel 324),
-full ones 410 to 460, by how warm the card is (186).
+Measured on one H200 at 8192 tokens of 26B-A4B, TFLOP/s of visible pairs: sliding layers 531 (Triton's kernel 324),
+full ones 422 (186), where the card is at its 700 W and slows its clock.
 """
 
 import torch
@@ -27,18 +27,26 @@ from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, boxes, load_pages
 from gemcutter.ops.online_softmax import FLOOR, LOG2E
 
 ROWS = gl.constexpr(64)  # a warpgroup, the M of one wgmma
+HELD = gl.constexpr(128)  # columns of Q in registers at head dim 512
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the longer name, 3.9 the shorter
 
 
 @gluon.jit
-def _start_scores(n, q, k, ready, PARTS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
-    """Q times the keys of the tile whose stages are n and on."""
+def _start_scores(
+    n, held_q, near_q, q, k, ready, PARTS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Q times the keys of the tile whose stages are n and on; `_attend` says where Q lies."""
     scores = gl.zeros([ROWS, KEYS], gl.float32, LAYOUT)
     for part in gl.static_range(PARTS):
         stage = (n + part) % STAGES
         mbarrier.wait(ready.index(stage), (n + part) // STAGES & 1)
-        keys = k.index(stage).permute((1, 0))
-        scores = warpgroup_mma(q.index(part), keys, scores, use_acc=part > 0, is_async=True)
+        keys = k.index(stage)
+        if part < PARTS - 1:
+            held_keys, near_keys = keys.slice(0, HELD, 1).permute((1, 0)), keys.slice(HELD, HELD, 1).permute((1, 0))
+            scores = warpgroup_mma(held_q, held_keys, scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma(near_q, near_keys, scores, is_async=True)
+        else:
+            scores = warpgroup_mma(q, keys.permute((1, 0)), scores, use_acc=part > 0, is_async=True)
     return scores
 
 
@@ -89,14 +97,16 @@ def _fold(scores, top, total, start, pos, first_pos, last_pos, WINDOW: gl.conste
 
 @gluon.jit
 def _attend(
-    first, q, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head, first_col, tiles,
+    first, near_q, q, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head, first_col, tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's 64 rows over all tiles, row `first` and on.
 
-    Rows behind the last token repeat it and are not stored. keys, values: stages in shared memory, and the barriers
-    that say full and free.
+    Rows behind the last token repeat it and are not stored. The last 256 columns of Q lie in q; at head dim 512 the
+    128 before them in near_q, and the first in registers, which leaves room for a third stage of keys: 18.0 ms for
+    19.3 with two, for 8192 tokens of 32768. keys, values: stages in shared memory, and the barriers that say full
+    and free.
     """
     k, k_ready, k_empty = keys
     v, v_ready, v_empty = values
@@ -105,6 +115,7 @@ def _attend(
     dtype: gl.constexpr = q.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    of_q: gl.constexpr = gl.DotOperandLayout(0, of_scores, 2)
     of_acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     of_weight: gl.constexpr = gl.DotOperandLayout(0, of_acc, 2)
 
@@ -113,11 +124,20 @@ def _attend(
     head = kv_head * GROUP + row % GROUP
     at = ((token.to(gl.int64) * (KV_HEADS * GROUP) + head) * D)[:, None]
     at += gl.arange(0, BOX, gl.SliceLayout(0, wide))[None, :]
-    loaded = ()
-    for block in gl.static_range(D // BOX):
-        loaded = loaded + (gl.load(q_ptr + at + block * BOX),)
-    for block in gl.static_range(D // BOX):
-        q.index(block * BOX // COLS).slice(block * BOX % COLS, BOX, 1).store(loaded[block])
+    loaded, near, held_q = (), (), 0
+    for block in gl.static_range(COLS // BOX):
+        loaded = loaded + (gl.load(q_ptr + at + D - COLS + block * BOX),)
+    if PARTS > 1:
+        for block in gl.static_range(HELD // BOX):
+            near = near + (gl.load(q_ptr + at + HELD + block * BOX),)
+        row_held = first + gl.arange(0, ROWS, gl.SliceLayout(1, of_q))
+        token_held = query_begin + gl.minimum(row_held // GROUP, query_len - 1)
+        held_at = (token_held.to(gl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row_held % GROUP) * D
+        held_q = gl.load(q_ptr + held_at[:, None] + gl.arange(0, HELD, gl.SliceLayout(0, of_q))[None, :])
+        for block in gl.static_range(HELD // BOX):
+            near_q.slice(block * BOX, BOX, 1).store(near[block])
+    for block in gl.static_range(COLS // BOX):
+        q.slice(block * BOX, BOX, 1).store(loaded[block])
     fence_async_shared()
     barrier()
 
@@ -130,13 +150,13 @@ def _attend(
     acc = gl.zeros([ROWS, COLS], gl.float32, of_acc)
     key = first_tile * KEYS
     if V_STAGES > 1:
-        scores = _start_scores(0, q, k, k_ready, PARTS, K_STAGES, of_scores)
+        scores = _start_scores(0, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
         scores = _finish_scores(scores, 0, k_empty, PARTS, K_STAGES, 0)
         weight, top, total, fade = _fold(scores, top, total, key, pos, first_pos, last_pos, WINDOW, of_scores)
         weight = gl.convert_layout(weight.to(dtype), of_weight)
         for tile in range(1, num_tiles):
             key += KEYS
-            scores = _start_scores(tile * PARTS, q, k, k_ready, PARTS, K_STAGES, of_scores)
+            scores = _start_scores(tile * PARTS, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
             acc = _start_values(acc, weight, tile - 1, v, v_ready, V_STAGES)
             scores = _finish_scores(scores, tile * PARTS, k_empty, PARTS, K_STAGES, 1)
             weight, top, total, fade = _fold(scores, top, total, key, pos, first_pos, last_pos, WINDOW, of_scores)
@@ -147,7 +167,7 @@ def _attend(
         acc = _finish_values(acc, num_tiles - 1, v_empty, V_STAGES)
     else:
         for tile in range(num_tiles):
-            scores = _start_scores(tile * PARTS, q, k, k_ready, PARTS, K_STAGES, of_scores)
+            scores = _start_scores(tile * PARTS, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
             scores = _finish_scores(scores, tile * PARTS, k_empty, PARTS, K_STAGES, 0)
             weight, top, total, fade = _fold(scores, top, total, key, pos, first_pos, last_pos, WINDOW, of_scores)
             acc *= gl.convert_layout(fade, gl.SliceLayout(1, of_acc))[:, None]
@@ -159,10 +179,9 @@ def _attend(
     share = gl.convert_layout(gl.full_like(total, 1.0) / total, gl.SliceLayout(1, of_acc))
     # Through the shared memory of Q, which nobody reads any more: straight from the accumulator a store would write
     # 16 bytes a row, and a sliding layer of 8192 tokens take 269 µs for 250.
-    staged = q.index(0)
-    staged.store((acc * share[:, None]).to(dtype))
+    q.store((acc * share[:, None]).to(dtype))
     for block in gl.static_range(COLS // BOX):
-        result = staged.slice(block * BOX, BOX, 1).load(wide)
+        result = q.slice(block * BOX, BOX, 1).load(wide)
         gl.store(out_ptr + at + first_col + block * BOX, result, mask=(row < query_len * GROUP)[:, None])
 
 
@@ -194,8 +213,12 @@ def _prefill_hopper_kernel(
 
         dtype: gl.constexpr = k_desc.dtype
         shared: gl.constexpr = k_desc.layout
-        q_low = gl.allocate_shared_memory(dtype, [PARTS, ROWS, COLS], shared)
-        q_high = gl.allocate_shared_memory(dtype, [PARTS, ROWS, COLS], shared)
+        q_low = gl.allocate_shared_memory(dtype, [ROWS, COLS], shared)
+        q_high = gl.allocate_shared_memory(dtype, [ROWS, COLS], shared)
+        near_low, near_high = q_low, q_high
+        if PARTS > 1:
+            near_low = gl.allocate_shared_memory(dtype, [ROWS, HELD], shared)
+            near_high = gl.allocate_shared_memory(dtype, [ROWS, HELD], shared)
         k_stages = gl.allocate_shared_memory(dtype, [K_STAGES, KEYS, COLS], shared)
         v_stages = gl.allocate_shared_memory(dtype, [V_STAGES, KEYS, COLS], shared)
         k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
@@ -217,12 +240,12 @@ def _prefill_hopper_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    first_row, q_low, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head,
+                    first_row, near_low, q_low, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head,
                     first_col, tiles, KV_HEADS, GROUP, D, WINDOW, K_STAGES, V_STAGES,
                 )),
                 (_attend, (
-                    first_row + ROWS, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head,
-                    first_col, tiles, KV_HEADS, GROUP, D, WINDOW, K_STAGES, V_STAGES,
+                    first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
+                    kv_head, first_col, tiles, KV_HEADS, GROUP, D, WINDOW, K_STAGES, V_STAGES,
                 )),
                 (load_pages, (
                     0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
@@ -263,7 +286,7 @@ def prefill(
         q, *(boxes(cache) for cache in (k_cache, v_cache)), out, query_start, kv_len, pages,
         first_seq, pages.shape[1], query_tiles,
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
-        K_STAGES=2, V_STAGES=512 // head_dim,  # with Q 192 KiB; at 512, where a tile of keys is two stages, 224
+        K_STAGES=2 if head_dim == 256 else 3, V_STAGES=512 // head_dim,  # with Q 192 and 224 KiB
         num_warps=4,
         enable_fp_fusion=False,  # copies of the loop's body must not be contracted apart
     )  # fmt: skip
