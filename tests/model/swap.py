@@ -11,7 +11,7 @@ import torch
 REFERENCES = {
     "attention_seam": "attention_seam.attention_seam_reference",
     "embed": "embed.embed_reference",
-    "geglu": "geglu.geglu_reference",
+    "gate_up": "gate_up.gate_up_reference",
     "gelu_mul": "geglu.gelu_mul_reference",
     "layer_seam": "layer_seam.layer_seam_reference",
     "per_layer_inputs": "per_layer_inputs.per_layer_inputs_reference",

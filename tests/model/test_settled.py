@@ -13,7 +13,7 @@ from gemcutter.checkpoint.load import load
 from gemcutter.verify.compiles import compile_op
 
 # Ops whose every kernel, for few rows, joins first and lets the next one come then.
-SETTLERS = {"embed", "geglu", "select_experts", "attention_seam", "layer_seam"}
+SETTLERS = {"embed", "geglu", "select_experts", "attention_seam", "layer_seam", "linear", "linear_hopper"}
 
 
 class OpsCalled(TorchDispatchMode):

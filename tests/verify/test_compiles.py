@@ -45,6 +45,13 @@ def test_chains_kernels_where_cards_can():
         assert "wgmma" in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_LIMIT
 
 
+def test_gate_up_fits_hopper():
+    kernels = compile_op("gate_up_hopper", "sm_90")["gate_up_hopper._gate_up_kernel"]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        assert "wgmma" in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_LIMIT
+
+
 def test_prefill_by_tma_fits_hopper():
     kernels = compile_op("attend_prefill_hopper", "sm_90")["attend_prefill_hopper._prefill_hopper_kernel"]
     assert len(kernels) == 2

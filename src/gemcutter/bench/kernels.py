@@ -21,6 +21,8 @@ PRODUCTS = ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas", "aten:
 PARTS = {
     "linear": Part.LINEARS,
     "linear_hopper": Part.LINEARS,
+    "gate_up": Part.LINEARS,
+    "gate_up_hopper": Part.LINEARS,
     "experts": Part.EXPERTS,
     "experts_hopper": Part.EXPERTS,
     "experts_stream": Part.EXPERTS,

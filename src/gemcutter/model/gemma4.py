@@ -14,7 +14,8 @@ from gemcutter.ops.attend import attend
 from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
-from gemcutter.ops.geglu import geglu, gelu_mul
+from gemcutter.ops.gate_up import gate_up
+from gemcutter.ops.geglu import gelu_mul
 from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.linear import linear
 from gemcutter.ops.logits import logits
@@ -75,12 +76,12 @@ class Gemma4:
             attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms
         )
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
+        activated, router_logits = gate_up(mlp_in, w.gate_up, router_in, None if e is None else e.router)
         if e is not None:
-            # Ahead of the MLP: a kernel there (geglu) releases behind its join and so settles the choice
-            # (ops/chain.py), and the experts run beside the MLP's last product.
-            router_logits = linear(router_in, e.router)
+            # Ahead of the MLP's last product, which releases behind its join and so settles the choice
+            # (ops/chain.py): the experts run beside it.
             ids, weights = select_experts(router_logits, e.per_expert_scale, layer.experts.top_k)
-        out = linear(geglu(linear(mlp_in, w.gate_up)), w.down)
+        out = linear(activated, w.down)
         if e is not None:
             slots = experts(expert_in, ids, e.gate_up, e.down, settled=True)
             routed = Routed(slots, e.dense_post_norm, e.post_norm, ids, weights)

@@ -8,6 +8,7 @@ them, unless an operation of PyTorch's came after it. (The routing weights that 
 from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
+from gemcutter.ops.gate_up import gate_up
 from gemcutter.ops.geglu import geglu, gelu_mul
 from gemcutter.ops.geglu_fp8 import geglu_fp8
 from gemcutter.ops.k_eq_v_norm import k_eq_v_norm
@@ -30,6 +31,7 @@ __all__ = [
     "attention_seam",
     "embed",
     "experts",
+    "gate_up",
     "geglu",
     "geglu_fp8",
     "gelu_mul",

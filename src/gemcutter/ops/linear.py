@@ -83,7 +83,6 @@ def _linear_kernel(
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program (n, t): BLOCK_N rows of the weight, the M operand of the tensor cores, by BLOCK_T tokens."""
-    release(CHAINED)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
@@ -92,6 +91,7 @@ def _linear_kernel(
     x_at = x_ptr + token[:, None].to(tl.int64) * x_stride + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     join(CHAINED)
+    release(CHAINED)
     for begin in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
             w = tl.load(weight_at + begin)

@@ -31,7 +31,6 @@ def _stream_kernel(
     weight_desc, x_desc, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    gdc_launch_dependents()
     first = gl.program_id(0) * ROWS
     dtype: gl.constexpr = weight_desc.dtype
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
@@ -49,6 +48,7 @@ def _stream_kernel(
             at = [first, stage * BLOCK_K]
             load_tile(weight_desc, at, ready.index(stage), w_stages.index(stage))
     gdc_wait()
+    gdc_launch_dependents()  # not before: what the kernel ahead wrote is settled for those behind, see chain.py
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
             at = [0, stage * BLOCK_K]

@@ -27,6 +27,7 @@ from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.experts import experts_launch
 from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream import stream_experts
+from gemcutter.ops.gate_up_hopper import stream_gate_up
 from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_hopper import stream
 from gemcutter.verify.case import Case
@@ -77,6 +78,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
     found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
     found["experts_hopper"] = [_grouped_experts]
     found["experts_stream"] = [functools.partial(_stream_experts, rows) for rows in (1, 16)]
+    found["gate_up_hopper"] = [functools.partial(_gate_up, rows, count) for rows in (1, 16) for count in (0, 128)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
@@ -117,6 +119,13 @@ def _stream_experts(tokens: int, count: int = 128, top_k: int = 8, hidden: int =
 def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     linear_launch(half(rows, depth), half(columns, depth))
+
+
+def _gate_up(rows: int, count: int, depth: int = 2816, width: int = 2112) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    router = (half(rows, depth), half(count, depth)) if count else (None, None)
+    logits = half(rows, count) if count else None
+    stream_gate_up(half(rows, depth), half(2 * width, depth), *router, half(rows, width), logits)
 
 
 def _stream(rows: int, depth: int = 2816, columns: int = 2112) -> None:

@@ -1,0 +1,75 @@
+"""The MLP's first half: gelu_tanh(x @ gate.T) * (x @ up.T), and a router's logits beside it.
+
+The bits are those of `geglu(linear(x, weight))` and of `linear(router_x, router)`, whatever the number of rows:
+the products keep the one order of summation that `linear.py` describes. Few tokens take one launch on Hopper,
+others the ops one by one.
+Source: HF `Gemma4TextMLP`, and `Gemma4TextRouter`'s projection.
+"""
+
+import torch
+
+from gemcutter.ops.arguments import check_matrix
+from gemcutter.ops.gate_up_hopper import stream_gate_up, streams_gate_up
+from gemcutter.ops.geglu import geglu_launch, geglu_reference
+from gemcutter.ops.library import define
+from gemcutter.ops.linear import check_linear, linear_launch, linear_reference
+
+
+def gate_up(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    router_x: torch.Tensor | None = None,
+    router: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Activate the MLP, and score the experts that stand beside it.
+
+    Args:
+        x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0.
+        weight: [2I, K] of x's dtype, dense, gate's rows then up's.
+        router_x: [T, K], like x; None without experts.
+        router: [E, K] of x's dtype, dense; given if router_x is.
+
+    Returns:
+        [T, I] of x's dtype, and the logits [T, E] or None; both contiguous, a row's bits a function of that row.
+
+    Raises:
+        TypeError, ValueError: on other dtypes, shapes and strides.
+    """
+    out = _gate_up(x, weight, router_x, router)
+    return out[0], out[1] if router is not None else None
+
+
+def check_gate_up(x, weight, router_x, router) -> None:
+    check_linear(x, weight)
+    if len(weight) % 2:
+        raise ValueError(f"weight has {len(weight)} rows: gate and up are its halves, so an even number")
+    if (router_x is None) != (router is None):
+        raise ValueError("router_x and router belong together: give both or neither")
+    if router is not None:
+        check_matrix("router_x", router_x, like=x)
+        check_linear(router_x, router)
+
+
+def gate_up_reference(x, weight, router_x, router) -> list[torch.Tensor]:
+    hidden = geglu_reference(linear_reference(x, weight))
+    return [hidden] if router is None else [hidden, linear_reference(router_x, router)]
+
+
+def gate_up_launch(x, weight, router_x, router) -> list[torch.Tensor]:
+    if not streams_gate_up(x, weight, router_x, router):
+        hidden = geglu_launch(linear_launch(x, weight))
+        return [hidden] if router is None else [hidden, linear_launch(router_x, router)]
+    out = gate_up_fake(x, weight, router_x, router)
+    stream_gate_up(x, weight, router_x, router, out[0], out[1] if router is not None else None)
+    return out
+
+
+def gate_up_fake(x, weight, router_x, router) -> list[torch.Tensor]:
+    hidden = x.new_empty(len(x), len(weight) // 2)
+    return [hidden] if router is None else [hidden, x.new_empty(len(x), len(router))]
+
+
+_gate_up = define(
+    "gate_up(Tensor x, Tensor weight, Tensor? router_x, Tensor? router) -> Tensor[]",
+    check=check_gate_up, reference=gate_up_reference, launch=gate_up_launch, fake=gate_up_fake,
+)  # fmt: skip
