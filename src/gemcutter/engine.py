@@ -18,7 +18,7 @@ from gemcutter.config import EngineConfig
 from gemcutter.model.gemma4 import Gemma4
 from gemcutter.run.build import StepBuilder
 from gemcutter.run.device import kv_byte_budget, resolve_device
-from gemcutter.run.graphs import DecodeGraphs
+from gemcutter.run.graphs import StepGraphs
 from gemcutter.run.runner import Flight, Runner
 from gemcutter.run.warm import warm_up
 from gemcutter.schedule.plan import Plan
@@ -94,7 +94,7 @@ class Engine:
             longest = min(config.max_prefill_tokens, size.context_length)
             warm_up(model, pool, longest, config.page_size, progress)
             if largest := config.cuda_graph_max_bs:
-                graphs = DecodeGraphs(model, pool, builder, suppressed, largest, progress)
+                graphs = StepGraphs(model, pool, builder, suppressed, largest, longest, progress)
         runner = Runner(model, pool, builder, graphs, suppressed)
         return cls(config, spec, scheduler, runner)
 

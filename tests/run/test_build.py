@@ -9,6 +9,7 @@ from drive import request
 
 from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.ledger import Ledger
+from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder
 from gemcutter.schedule.plan import Plan
 from gemcutter.schedule.planner import Scheduler
@@ -25,22 +26,24 @@ def scheduler() -> Scheduler:
     )
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("bucket", [Bucket(8, 0, 0), Bucket(4, PROMPTS, 40)])
+def test_empty_batch(bucket):
     """What graphs are captured with, and where their inputs lie ever after."""
     planner = scheduler()
     builder = StepBuilder(
         planner.ledger, torch.device("cpu"), max_prompt_tokens=40, max_sequences=8, context_length=CONTEXT
     )
-    batch = build(builder, Plan((), ()), 8)
-    check(batch, Plan((), ()), planner.ledger, 8, {})
+    batch = build(builder, Plan((), ()), bucket)
+    check(batch, Plan((), ()), planner.ledger, bucket, True, {})
     places = addresses(batch)
-    for i in range(5):
-        planner.add(request(str(i), [7] * 50, max_tokens=100))
-    while not (plan := planner.plan()).decodes or plan.prefills:
+    for i in range(3):
+        planner.add(request(str(i), [7] * (10 + 20 * i), max_tokens=100))
+    while not (plan := planner.plan()).decodes or bool(plan.prefills) != bool(bucket.prompts):
         planner.advance(plan)
         planner.commit(plan, [1] * len(plan.samplers))
-    assert addresses(build(builder, plan, 8)) == places
-    assert all(where.pages.shape == (8, 28) for where in batch.kinds.values())  # 25 pages, rounded up to 16 bytes
+    assert addresses(build(builder, plan, bucket)) == places
+    # 25 pages, rounded up to 16 bytes
+    assert all(where.pages.shape == (8, 28) for where in batch.kinds.values())
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -61,12 +64,12 @@ def test_equals_loops(seed, ahead):
     while planner.has_work:
         plan = planner.plan()
         if plan is not None:
-            pad_to = 0 if plan.prefills else rng.choice([0, len(plan.decodes) + 3])
-            batch = build(builder, plan, pad_to)
-            check(batch, plan, planner.ledger, pad_to, truth)
+            bucket = padded = chosen(rng, plan)
+            batch = build(builder, plan, padded)
+            check(batch, plan, planner.ledger, bucket or Bucket.of(plan), padded is not None, truth)
             from_drawn += sum(c.start == len(c.sequence.tokens) for c in plan.chunks)
-            if pad_to:
-                assert places.setdefault(pad_to, addresses(batch)) == addresses(batch)
+            if padded:
+                assert places.setdefault(padded, addresses(batch)) == addresses(batch)
             planner.advance(plan)
         if before is not None:
             planner.commit(*before)
@@ -80,14 +83,24 @@ def test_equals_loops(seed, ahead):
             if not ahead:
                 planner.commit(*before)
                 before = None
-    assert (from_drawn > 50) == ahead and places
+    assert (from_drawn > 50) == ahead and {bool(bucket.prompts) for bucket in places} == {True, False}
 
 
-def build(builder, plan, pad_to):
-    if not pad_to:
+def chosen(rng, plan) -> Bucket | None:
+    """None: as it is."""
+    whole = Bucket.of(plan)
+    if rng.random() < 0.4 or whole.prompts >= PROMPTS:
+        return None
+    if not plan.prefills:
+        return Bucket(min(whole.decodes + 3, 11), 0, 0) if whole.decodes <= 11 else None
+    return Bucket(11, PROMPTS, 40) if whole.decodes <= 11 else None
+
+
+def build(builder, plan, bucket):
+    if bucket is None:
         return builder.build(plan)
-    batch = builder.build_padded(plan, max(pad_to, len(plan.chunks)))
-    builder.look_up(batch.num_decodes)
+    batch = builder.build_padded(plan, bucket)
+    builder.look_up(bucket)
     return batch
 
 
@@ -100,38 +113,39 @@ def addresses(batch) -> list[tuple[int, tuple[int, ...]]]:
     return [(x.data_ptr(), x.stride()) for x in tensors(batch)]
 
 
-def check(batch, plan, ledger, pad_to, truth) -> None:
-    padding = max(0, pad_to - len(plan.chunks))
+def check(batch, plan, ledger, bucket, padded, truth) -> None:
+    """Against loops: sequences in the bucket's order, what fills it up in page 0, logits of samplers first."""
     assert all(x.storage_offset() * x.itemsize % 16 == 0 and x.is_contiguous() for x in tensors(batch))
+    left = bucket.prompt_tokens - sum(chunk.stop - chunk.start for chunk in plan.prefills)
+    rows = [*plan.decodes, *[range(1)] * (bucket.decodes - len(plan.decodes)), *plan.prefills]
+    rows += [range(left), *[range(0)] * bucket.prompts][: bucket.prompts - len(plan.prefills)]
     tokens, positions, sampled = [], [], []
     slots = {kind: [] for kind in batch.kinds}
-    for i, chunk in enumerate(plan.chunks):
+    for i, chunk in enumerate(rows):
+        empty = isinstance(chunk, range)
         assert batch.query_start[i] == len(tokens) and batch.kv_len[i] == chunk.stop
         for position in range(chunk.start, chunk.stop):
-            tokens.append(truth[chunk.sequence.id][position])
+            tokens.append(0 if empty else truth[chunk.sequence.id][position])
             positions.append(position)
             for kind in slots:
-                page = int(ledger.table(chunk.sequence.id, kind)[position // PAGE])
-                assert page != 0, "a token of the step has no page"
+                page = 0 if empty else int(ledger.table(chunk.sequence.id, kind)[position // PAGE])
+                assert empty or page != 0, "a token of the step has no page"
                 slots[kind].append(page * PAGE + position % PAGE)
-        if chunk.samples:
+        if not empty and chunk.samples:
             sampled.append(len(tokens) - 1)
         for kind, where in batch.kinds.items():
-            row = ledger.table(chunk.sequence.id, kind)
+            held = -(-chunk.stop // PAGE)
+            row = np.zeros(held, np.int32) if empty else ledger.table(chunk.sequence.id, kind)
             width = min(len(row), where.pages.shape[1])
-            assert np.array_equal(where.pages[i, :width], row[:width])
-            assert pad_to or not where.pages[i, width:].any()
-            assert -(-chunk.stop // PAGE) <= where.pages.shape[1]
-    total = len(tokens)
-    assert batch.token_ids.tolist() == tokens + [0] * padding
-    assert batch.positions.tolist() == positions + [0] * padding
-    assert batch.query_start[-1] == total + padding
-    assert batch.logit_rows.tolist() == sampled + list(range(total, total + padding))
-    for kind, where in batch.kinds.items():
-        assert where.slots.tolist() == slots[kind] + [0] * padding
-        assert not where.pages[len(plan.chunks) :, 0].any()
-    assert batch.kv_len[len(plan.chunks) :].tolist() == [1] * padding
-    assert batch.num_decodes == len(plan.decodes) + padding
-    lengths = [chunk.stop - chunk.start for chunk in plan.prefills]
-    assert batch.max_query_len == max(lengths, default=0)
-    assert batch.max_kv_len == (pad_to and 224 or int(batch.kv_len.max()))
+            assert np.array_equal(where.pages[i, :width], row[:width]) and held <= where.pages.shape[1]
+            assert padded or not where.pages[i, width:].any()
+    assert batch.token_ids.tolist() == tokens and batch.positions.tolist() == positions
+    assert batch.query_start[-1] == len(tokens) == bucket.tokens
+    assert batch.logit_rows[: len(sampled)].tolist() == sampled
+    assert len(batch.logit_rows) == (bucket.rows if padded else len(sampled))
+    assert all(0 <= row < len(tokens) for row in batch.logit_rows.tolist())
+    assert all(batch.kinds[kind].slots.tolist() == slots[kind] for kind in slots)
+    assert batch.num_decodes == bucket.decodes
+    longest = max((chunk.stop - chunk.start for chunk in rows[bucket.decodes :]), default=0)
+    assert batch.max_query_len >= longest and (padded or batch.max_query_len == longest)
+    assert batch.max_kv_len == (224 if padded else int(batch.kv_len.max()))

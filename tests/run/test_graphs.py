@@ -1,4 +1,4 @@
-"""Decode graphs: the buckets, and replay against eager steps on a GPU."""
+"""Graphs of steps: their buckets, and replay against eager steps on a GPU."""
 
 import pytest
 import torch
@@ -7,26 +7,35 @@ from problems import held_out
 
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
-from gemcutter.run.graphs import buckets_up_to
+from gemcutter.run.graphs import decode_sizes
 
 
-def test_buckets():
-    assert buckets_up_to(1) == [1]
-    assert buckets_up_to(3) == [1, 2, 3]
-    assert buckets_up_to(20) == [1, 2, 4, 8, 16, 20]
+def test_decode_sizes():
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(3) == [1, 2, 3]
+    assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
     for largest in range(1, 200):
-        sizes = buckets_up_to(largest)
+        sizes = decode_sizes(largest)
         assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["carat", "carat-edge"])
 def test_replay_equals_eager(model):
-    """Requests of many lengths, in batches that shrink through the buckets, with page tables left stale."""
+    """Requests of many lengths: prompts in chunks beside decoding rows, in batches that shrink through the buckets,
+    with page tables left stale.
+    """
     prompts = [[2, *p.solution.encode()[: 3 + 7 * i]] for i, p in enumerate(held_out(11))]
     outcomes = []
     for disabled in (False, True):
-        engine = Engine.start(EngineConfig(model_path=model, device="cuda", disable_cuda_graph=disabled))
+        config = EngineConfig(
+            model_path=model,
+            device="cuda",
+            disable_cuda_graph=disabled,
+            chunked_prefill_size=24,
+            max_prefill_tokens=48,
+        )
+        engine = Engine.start(config)
         requests = [request(str(i), p, max_tokens=5 + 3 * i) for i, p in enumerate(prompts)]
         rounds = [finish(engine, requests), finish(engine, requests[::-1])]
         outcomes.append([[outcome.token_ids for outcome in one] for one in rounds])

@@ -7,8 +7,9 @@ import torch
 
 from gemcutter.batch import KindBatch, StepBatch
 from gemcutter.cache.ledger import Ledger
+from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.parts import Parts, Shape, rounded
-from gemcutter.schedule.plan import Chunk, Plan
+from gemcutter.schedule.plan import Plan
 
 
 class StepBuilder:
@@ -34,47 +35,53 @@ class StepBuilder:
         self._page_size = ledger.layout.page_size
         self._pin = device.type == "cuda"
         width = rounded(ledger.layout.num_pages(context_length))
-        tokens, rows = max_prompt_tokens + max_sequences, 2 * max_sequences
-        self._begin = rounded(max_sequences)  # of what is sent
+        tokens, rows = max_prompt_tokens + max_sequences, 2 * max_sequences + PROMPTS
+        most_drawn = max_sequences + PROMPTS  # by a padded step; others draw one a sequence
+        self._begin = rounded(most_drawn)  # of what is sent
         room = self._begin + Shape(len(self._kinds), tokens, rows, rows, width).length
         self._memory = torch.zeros(room, dtype=torch.int64, device=device)
         self._sent = self._memory[self._begin :]
         self._sent_narrow = self._sent.view(torch.int32)
         self._token_ids = torch.zeros(tokens, dtype=torch.int64, device=device)
         # Padded batches are for graphs, which know one place and one width.
-        wide = len(self._kinds), max_sequences, width
+        wide = len(self._kinds), max_sequences + PROMPTS, width
         self._wide_tables = torch.zeros(wide, dtype=torch.int32, device=device)
-        self._padded: dict[int, tuple[StepBatch, torch.Tensor]] = {}
-        # [max_sequences] int64: what the latest step drew, in the order of its samplers. The runner writes it.
-        self.drawn = self._memory[:max_sequences]
+        self._padded: dict[Bucket, tuple[StepBatch, torch.Tensor]] = {}
+        # [max_sequences + PROMPTS] int64: what the latest step drew, in the order of its samplers, and behind it
+        # what a padded step drew besides. The runner writes it.
+        self.drawn = self._memory[:most_drawn]
 
     def build(self, plan: Plan) -> StepBatch:
         """The batch of `plan`, decodes first. It lives until the next is built."""
-        parts = self._send(plan, len(plan.chunks)).cut(self._sent, self._sent_narrow)
+        whole = Bucket.of(plan)
+        parts = self._send(plan, whole, len(plan.samplers)).cut(self._sent, self._sent_narrow)
         torch.index_select(self._memory, 0, parts.source, out=self._token_ids[: len(parts.source)])
         longest = max((c.stop - c.start for c in plan.prefills), default=0)
-        return self._batch(parts, parts.tables, len(plan.decodes), longest, max(c.stop for c in plan.chunks))
+        return self._batch(parts, parts.tables, whole.decodes, longest, max(c.stop for c in plan.chunks))
 
-    def build_padded(self, plan: Plan, rows: int) -> StepBatch:
-        """The batch of a plan that only decodes, filled up to `rows` with empty sequences of one token.
+    def build_padded(self, plan: Plan, bucket: Bucket) -> StepBatch:
+        """The batch of `plan`, filled up to the bucket: with empty sequences of one token to decode, and with one
+        prompt of all tokens that are left. These write to page 0, and hold what they write there, so that their
+        attention is finite.
 
-        It is one and the same for all plans of so many rows, for a CUDA graph to read: bounds are those of the
-        longest context, page tables are as wide and keep old ids past what a sequence holds, which no kernel reads.
-        Token ids are there only after `look_up`. An empty sequence holds the one token that it writes to page 0, so
-        that its attention is finite.
+        It is one and the same for all plans of a bucket, for a CUDA graph to read: bounds are those of the longest
+        context, page tables are as wide and keep old ids past what a sequence holds, which no kernel reads. Token
+        ids are there only after `look_up`. Logits are asked for as many rows as there are sequences, the samplers'
+        first.
         """
-        assert not plan.prefills, "only decode batches are padded"
-        shape = self._send(plan, rows)
-        if rows not in self._padded:
+        shape = self._send(plan, bucket, bucket.rows)
+        if bucket not in self._padded:
             parts = shape.cut(self._sent, self._sent_narrow)
             longest = self._wide_tables.shape[2] * self._page_size
-            self._padded[rows] = self._batch(parts, self._wide_tables[:, :rows], rows, 0, longest), parts.source
-        self._wide_tables[:, :rows, : shape.width].copy_(shape.cut_tables(self._sent_narrow))
-        return self._padded[rows][0]
+            tables = self._wide_tables[:, : bucket.rows]
+            batch = self._batch(parts, tables, bucket.decodes, bucket.prompt_tokens, longest)
+            self._padded[bucket] = batch, parts.source
+        self._wide_tables[:, : bucket.rows, : shape.width].copy_(shape.cut_tables(self._sent_narrow))
+        return self._padded[bucket][0]
 
-    def look_up(self, rows: int) -> None:
-        """Fetch the token ids of the batch last built with so many rows, from what was sent and what was drawn."""
-        batch, source = self._padded[rows]
+    def look_up(self, bucket: Bucket) -> None:
+        """Fetch the token ids of the batch last built for the bucket, from what was sent and what was drawn."""
+        batch, source = self._padded[bucket]
         torch.index_select(self._memory, 0, source, out=batch.token_ids)
 
     def _batch(
@@ -93,51 +100,59 @@ class StepBuilder:
             max_kv_len=max_kv_len,
         )
 
-    def _send(self, plan: Plan, rows: int) -> Shape:
-        """Write and send a step, with empty sequences up to `rows`."""
-        chunks, padding = plan.chunks, rows - len(plan.chunks)
-        start = np.array([c.start for c in chunks] + [0] * padding, np.int64)
-        stop = np.array([c.stop for c in chunks] + [1] * padding, np.int64)
-        query_start = np.zeros(rows + 1, np.int64)
+    def _send(self, plan: Plan, bucket: Bucket, num_logits: int) -> Shape:
+        """Write and send a step, filled up to the bucket; the logits asked for beyond the samplers' are any."""
+        decodes, prefills = plan.decodes, plan.prefills
+        empty, unused = bucket.decodes - len(decodes), bucket.prompts - len(prefills)
+        left = bucket.prompt_tokens - sum(c.stop - c.start for c in prefills)
+        assert empty >= 0 and left >= 0 and (unused > 0 or (unused == 0 and left == 0)), f"{plan} is over {bucket}"
+        last = [left, *[0] * (unused - 1)] if unused else []
+        start = np.array([c.start for c in decodes] + [0] * empty + [c.start for c in prefills] + [0] * unused)
+        stop = np.array([c.stop for c in decodes] + [1] * empty + [c.stop for c in prefills] + last)
+        query_start = np.zeros(bucket.rows + 1, np.int64)
         np.cumsum(stop - start, out=query_start[1:])
-        sampled = [i for i, c in enumerate(chunks) if c.samples] + list(range(len(chunks), rows))
         width = rounded(self._ledger.layout.num_pages(int(stop.max())))
-        shape = Shape(len(self._kinds), int(query_start[-1]), rows, len(sampled), width)
+        shape = Shape(len(self._kinds), bucket.tokens, bucket.rows, num_logits, width)
         host = torch.empty(shape.length, dtype=torch.int64, pin_memory=self._pin)
         flat = host.numpy()
         parts = shape.cut(flat, flat.view(np.int32))
-        self._write_tokens(parts, chunks, query_start.tolist())
-        sequence_of = np.repeat(np.arange(rows), stop - start)
+        self._write_tokens(parts, plan, bucket)
+        sequence_of = np.repeat(np.arange(bucket.rows), stop - start)
         parts.positions[:] = np.arange(shape.tokens) + (start - query_start[:-1])[sequence_of]
-        parts.logit_rows[:] = query_start[1:][sampled] - 1
+        rows = [i for i, c in enumerate(decodes) if c.samples]
+        rows += [bucket.decodes + i for i, c in enumerate(prefills) if c.samples]
+        parts.logit_rows[: len(rows)] = query_start[1:][rows] - 1
+        parts.logit_rows[len(rows) :] = 0
         parts.query_start[:], parts.kv_len[:] = query_start, stop
-        self._write_places(parts, chunks, sequence_of)
+        self._write_places(parts, plan, bucket, sequence_of)
         self._sent[: shape.length].copy_(host, non_blocking=True)
         return shape
 
-    def _write_tokens(self, parts: Parts, chunks: tuple[Chunk, ...], begins: list[int]) -> None:
+    def _write_tokens(self, parts: Parts, plan: Plan, bucket: Bucket) -> None:
         """Ids that the host knows, and for every token where in the device's memory its id lies."""
-        known = array("i")
+        parts.ids[:] = 0
         parts.source[:] = np.arange(self._begin, self._begin + len(parts.source))  # in ids, which are sent first
         at, drawn_rows = [], []
-        for (sequence, start, stop, _), begin in zip(chunks, begins, strict=False):
-            if start < len(sequence.tokens):
-                known += sequence.tokens[start:stop]
-            else:
-                assert sequence.num_unread == 1 == stop - start, f"{sequence}: token {start} was not drawn"
-                known.append(0)
-                at.append(begin)
-                drawn_rows.append(sequence.drawn_row)
+        for chunks, begin in ((plan.decodes, 0), (plan.prefills, bucket.decodes)):
+            known = array("i")
+            for sequence, start, stop, _ in chunks:
+                if start < len(sequence.tokens):
+                    known += sequence.tokens[start:stop]
+                else:
+                    assert sequence.num_unread == 1 == stop - start, f"{sequence}: token {start} was not drawn"
+                    at.append(begin + len(known))
+                    drawn_rows.append(sequence.drawn_row)
+                    known.append(0)
+            parts.ids[begin : begin + len(known)] = known
         parts.source[at] = drawn_rows
-        parts.ids[: len(known)] = known
-        parts.ids[len(known) :] = 0
 
-    def _write_places(self, parts: Parts, chunks: tuple[Chunk, ...], sequence_of: np.ndarray) -> None:
-        """Pages of every sequence and the slot of every token, by kind; the dump's for empty sequences."""
+    def _write_places(self, parts: Parts, plan: Plan, bucket: Bucket, sequence_of: np.ndarray) -> None:
+        """Pages of every sequence and the slot of every token, by kind; the dump's for what fills up."""
         held = self._ledger.layout.num_pages(int(parts.kv_len.max()))
-        parts.tables[:, len(chunks) :] = 0
-        parts.tables[:, :, held:] = 0
-        self._ledger.read_tables([c.sequence.id for c in chunks], parts.tables[:, : len(chunks), :held])
+        parts.tables[:] = 0
+        for chunks, begin in ((plan.decodes, 0), (plan.prefills, bucket.decodes)):
+            ids = [c.sequence.id for c in chunks]
+            self._ledger.read_tables(ids, parts.tables[:, begin : begin + len(ids), :held])
         logical, offset = np.divmod(parts.positions, self._page_size)
         for slots, table in zip(parts.slots, parts.tables, strict=True):
             np.multiply(table[sequence_of, logical], self._page_size, out=slots, dtype=np.int64)

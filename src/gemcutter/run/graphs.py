@@ -1,4 +1,8 @@
-"""DecodeGraphs: one CUDA graph per bucket of decoding sequences, from token ids to the likeliest next ones."""
+"""StepGraphs: CUDA graphs of whole steps, from token ids to the likeliest next ones, one per bucket.
+
+The host takes some 25 ms to launch a step of 26B-A4B kernel by kernel, however few its tokens, and 0.1 ms as a
+graph. Beyond MOST_TOKENS of prompts the device takes longer than that, and the step runs eagerly.
+"""
 
 from bisect import bisect_left
 
@@ -9,18 +13,17 @@ from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.gemma4 import Gemma4
 from gemcutter.ops.sample import argmax_into
+from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder
 from gemcutter.schedule.plan import Plan
 
-
-def buckets_up_to(largest: int) -> list[int]:
-    """Batch sizes that get a graph: 1, 2, 4, then every 8, and the largest itself."""
-    steps = [1, 2, 4, *range(8, largest + 1, 8), largest]
-    return sorted({size for size in steps if size <= largest})
+MOST_TOKENS = 2048
+PROMPT_TOKENS = (32, 64, 128, 256, 512, 768, 1024, 1536, MOST_TOKENS)
+BESIDE = (0, 8, 32)  # rows of decoding beside prompts, and as many as there may be
 
 
-class DecodeGraphs:
-    """Captured decode steps. A batch padded to its bucket is built where the graph reads it."""
+class StepGraphs:
+    """Captured steps. A batch padded to its bucket is built where the graph reads it."""
 
     def __init__(
         self,
@@ -29,41 +32,63 @@ class DecodeGraphs:
         builder: StepBuilder,
         suppressed: torch.Tensor | None,
         max_bs: int,
+        max_prompt_tokens: int,
         progress: bool,
     ) -> None:
         self._model, self._pool, self._builder, self._suppressed = model, pool, builder, suppressed
-        self._buckets = buckets_up_to(max_bs)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        device = model.weights.embed.device
+        self._alone = decode_sizes(max_bs)
+        self._beside = sorted({size for size in (*BESIDE, max_bs) if size <= max_bs})
+        self._prompt_tokens = [size for size in PROMPT_TOKENS if size <= max_prompt_tokens]
+        embed = model.weights.embed
+        # Of the step last replayed, whichever graph it was: a tensor of each graph's own would hold 2 GB.
+        self._logits = torch.empty(max_bs + PROMPTS, len(embed), dtype=embed.dtype, device=embed.device)
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         memory = torch.cuda.graph_pool_handle()
+        mixed = [Bucket(rows, PROMPTS, tokens) for tokens in self._prompt_tokens for rows in self._beside]
+        buckets = [*(Bucket(rows, 0, 0) for rows in self._alone), *mixed]
         # Largest first: the smaller graphs then fit into the memory the largest one left in the shared pool.
-        sizes = track(self._buckets[::-1], "Capturing decode graphs", disable=not progress, transient=True)
-        for size in sizes:
-            batch = builder.build_padded(Plan((), ()), size)
-            self._run(batch)  # compiles kernels and fills library workspaces outside the capture
-            torch.cuda.synchronize(device)
+        for bucket in track(buckets[::-1], "Capturing graphs", disable=not progress, transient=True):
+            batch = builder.build_padded(Plan((), ()), bucket)
+            self._run(batch, bucket)  # compiles kernels and fills library workspaces outside the capture
+            torch.cuda.synchronize(embed.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
-                logits = self._run(batch)
-            self._graphs[size] = graph, logits
+                self._run(batch, bucket)
+            self._graphs[bucket] = graph
 
-    def bucket(self, sequences: int) -> int | None:
-        """The smallest captured batch size that holds so many sequences; None if there is none."""
-        at = bisect_left(self._buckets, sequences)
-        return self._buckets[at] if at < len(self._buckets) else None
+    def bucket(self, plan: Plan) -> Bucket | None:
+        """The smallest captured one that holds the plan; None if there is none."""
+        whole = Bucket.of(plan)
+        if not plan.prefills:
+            rows = _at_least(whole.decodes, self._alone)
+            return None if rows is None else Bucket(rows, 0, 0)
+        rows, tokens = _at_least(whole.decodes, self._beside), _at_least(whole.prompt_tokens, self._prompt_tokens)
+        if rows is None or tokens is None or whole.prompts >= PROMPTS:
+            return None
+        return Bucket(rows, PROMPTS, tokens)
 
-    def replay(self, plan: Plan, bucket: int) -> torch.Tensor:
-        """Logits [bucket, V] of a plan that only decodes, which live until the next replay. The likeliest tokens of
-        all rows are then in `builder.drawn`.
+    def replay(self, plan: Plan, bucket: Bucket) -> torch.Tensor:
+        """Logits [rows, V] of the plan's samplers, and of others behind them, which live until the next replay. The
+        likeliest tokens of all are then in `builder.drawn`.
         """
         self._builder.build_padded(plan, bucket)
-        graph, logits = self._graphs[bucket]
-        graph.replay()
-        return logits
+        self._graphs[bucket].replay()
+        return self._logits[: bucket.rows]
 
-    def _run(self, batch: StepBatch) -> torch.Tensor:
-        rows = batch.num_decodes
-        self._builder.look_up(rows)
+    def _run(self, batch: StepBatch, bucket: Bucket) -> None:
+        self._builder.look_up(bucket)
         logits = self._model.forward(batch, self._pool)
-        argmax_into(self._builder.drawn[:rows], logits, self._suppressed)
-        return logits
+        argmax_into(self._builder.drawn[: bucket.rows], logits, self._suppressed)
+        self._logits[: bucket.rows].copy_(logits)
+
+
+def decode_sizes(largest: int) -> list[int]:
+    """Rows of decoding that get a graph of their own: 1, 2, 4, then every 8, and the largest itself."""
+    steps = [1, 2, 4, *range(8, largest + 1, 8), largest]
+    return sorted({size for size in steps if size <= largest})
+
+
+def _at_least(number: int, sizes: list[int]) -> int | None:
+    """The first of ascending sizes that holds so many."""
+    at = bisect_left(sizes, number)
+    return sizes[at] if at < len(sizes) else None

@@ -9,7 +9,7 @@ from gemcutter.model.gemma4 import Gemma4
 from gemcutter.ops.sample import SampleResult, argmax_into, sample
 from gemcutter.ops.sample_batch import SampleBatch, SampleRow
 from gemcutter.run.build import StepBuilder
-from gemcutter.run.graphs import DecodeGraphs
+from gemcutter.run.graphs import StepGraphs
 from gemcutter.schedule.plan import Plan
 from gemcutter.schedule.sequence import Sequence
 
@@ -53,7 +53,7 @@ class Runner:
         model: Gemma4,
         pool: KVPool,
         builder: StepBuilder,
-        graphs: DecodeGraphs | None,
+        graphs: StepGraphs | None,
         suppressed: torch.Tensor | None,
     ) -> None:
         """`suppressed` are tokens that the checkpoint's generation_config never lets out."""
@@ -67,9 +67,7 @@ class Runner:
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Flight:
         """Launch a step up to its logits. Tokens that the step before drew need not have been read."""
-        bucket = None
-        if self._graphs is not None and not plan.prefills:
-            bucket = self._graphs.bucket(len(plan.decodes))
+        bucket = None if self._graphs is None else self._graphs.bucket(plan)
         if bucket is not None:
             return Flight(plan, self._graphs.replay(plan, bucket), has_argmax=True)
         return Flight(plan, self._model.forward(self._builder.build(plan), self._pool), has_argmax=False)
