@@ -121,11 +121,11 @@ def test_bytes_are_those_of_the_tensors(op):
 
 
 def test_every_op_is_there():
-    """All that are registered, but for those whose matrix products are held to float64."""
+    """All that are registered, but for matrix products, which their own tests hold."""
     import gemcutter.ops
 
     names = {name.rpartition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "gemcutter::" in name}
-    assert gemcutter.ops and names - {case.op for case in all_cases()} <= {"experts", "linear"}
+    assert gemcutter.ops and names - {case.op for case in all_cases()} <= {"experts", "gate_up", "linear"}
 
 
 def test_counts_what_a_kernel_does_wrong():
