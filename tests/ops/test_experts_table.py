@@ -47,10 +47,17 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing(folder):
 
 
 @pytest.mark.parametrize(
-    "tokens,measured", [(1, 1), (2, 1), (3, 8), (8, 8), (255, 64), (257, 1024), (1024, 1024), (10**6, 1024)]
+    "tokens,measured",
+    [(1, [1]), (2, []), (5, [8]), (15, [8]), (16, []), (33, [64]), (127, [64]), (513, [1024]), (2048, [])],
 )
-def test_the_nearest_number_of_tokens_counts(tokens, measured):
-    assert TABLE.nearest(tokens)[0] == PLANS[measured] and set(TABLE.nearest(tokens)) == set(PLANS.values())
+def test_plans_are_for_numbers_of_tokens_near_those_measured(tokens, measured):
+    assert TABLE.nearest(tokens) == [PLANS[other] for other in measured]
+
+
+def test_the_nearest_comes_first():
+    table = TABLE._replace(plans={8: PLANS[8], 14: PLANS[64], 20: PLANS[1024]})
+    assert table.nearest(12) == [PLANS[64], PLANS[8], PLANS[1024]]  # 14 / 12, 12 / 8, 20 / 12
+    assert table.nearest(16) == [PLANS[64], PLANS[1024]]
 
 
 def test_every_table_of_the_package_is_whole():
@@ -139,12 +146,15 @@ def test_the_plan_is_the_tables(folder, monkeypatch, caplog):
     monkeypatch.setattr(experts_tiles, "_device_name", lambda device: TABLE.device)
     monkeypatch.setattr(experts_tiles, "loads_by_tma", lambda *matrices: True)
     monkeypatch.setattr(experts_tiles, "streams", lambda x, *weights: len(x) <= 4)
-    assert plan(1) == plan(2) == Plan("stream") and plan(2000) == Plan("grouped")
-    assert plan(3) == plan(5) == PLANS[8] and plan(40) == TILES
+    assert plan(1) == Plan("stream") and plan(2000) == Plan("grouped")
+    assert plan(5) == PLANS[8] and plan(40) == TILES
     # Where the kernel of the nearest does not run, the next nearest counts.
+    put(plans={4: Plan("stream"), 6: PLANS[8]}, times={n: TABLE.times[8] for n in (4, 6)})
+    load_table.cache_clear()
+    assert plan(4) == Plan("stream")
     monkeypatch.setattr(experts_tiles, "loads_by_tma", lambda *matrices: False)
     monkeypatch.setattr(experts_tiles, "streams", lambda x, *weights: False)
-    assert plan(1) == PLANS[8] and plan(2000) == TILES
+    assert plan(4) == PLANS[8]
     # And what no table is for goes by the rule.
     monkeypatch.setattr(experts_tiles, "groups", lambda *args: False)
     with caplog.at_level(logging.WARNING):

@@ -58,9 +58,9 @@ class Table(NamedTuple):
     times: Mapping[int, Times]
 
     def nearest(self, tokens: int) -> list[Plan]:
-        """The plans, those first that were measured with the nearest number of tokens, by ratio."""
-        measured = sorted(self.plans, key=lambda other: max(other / tokens, tokens / other))
-        return [self.plans[other] for other in measured]
+        """The plans measured with over half and under twice as many tokens, the nearest first, by ratio."""
+        ratios = {other: max(other / tokens, tokens / other) for other in self.plans}
+        return [self.plans[other] for other in sorted(ratios, key=ratios.get) if ratios[other] < 2]
 
 
 def table_path(device: str, dtype: str, shape: Shape) -> Path:
