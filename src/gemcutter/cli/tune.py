@@ -1,7 +1,8 @@
 """Measure what is fastest on this card, and keep it in a table.
 
 moe: tiles of the experts' products, up and down apart, for each number of tokens, against the built-in ones. Only
-tiles whose results have the built-in ones' bits are timed. Tokens choose their experts at random and evenly. A
+tiles whose results have the built-in ones' bits are timed. Tokens choose their experts at random and evenly. Floor:
+weights of the experts hit, at the bandwidth of a copy, which reads alone may beat by some percent; or the FLOPs. A
 tuning that is broken off goes on where it was; the engine takes the table of its device, dtype and shape by itself.
 """
 
