@@ -15,7 +15,7 @@ from gemcutter.ops.experts_table import Plan, Shape, Table, Tile, Times, table_p
 SIZES = ["--num-experts", "128", "--top-k", "8", "--hidden", "2816", "--intermediate", "704"]
 SHAPE = Shape(128, 8, 2816, 704)
 TABLE = Table(
-    "NVIDIA H200", "bfloat16", SHAPE, "by hand",
+    "NVIDIA H200", "bfloat16", SHAPE, "gemcutter 0.1.0, torch 2.11.0+cu130, triton 3.6.0",
     {1: Plan("tiles", Tile(16, 32, 128, 4, 3), Tile(16, 64, 64, 8, 2)), 8192: Plan("grouped")},
     {1: Times(31.0, 29.5, 21.9), 8192: Times(2000.0, 1000.0, 800.0)},
 )  # fmt: skip
@@ -116,7 +116,7 @@ def test_list(tmp_path, card, capsys, monkeypatch):
     write_table(TABLE, tmp_path / "misnamed.json")
     assert main(["tune", "moe", "--list"]) == 0
     out = capsys.readouterr().out
-    shown = "bfloat16 128 8 2816 704 2 from 1 to 8192 by hand".split()
+    shown = f"bfloat16 128 8 2816 704 2 from 1 to 8192 {TABLE.made_with}".split()
     rows = [line.split() for line in out.splitlines()]
     assert [row for row in rows if row[:1] == ["NVIDIA"]] == [
         ["NVIDIA", "H100", *shown, "no"], ["NVIDIA", "H200", *shown, "yes"], ["NVIDIA", "H200", *shown, "no"],

@@ -31,7 +31,7 @@ SIZES = {
     "hidden": "the model's width",
     "intermediate": "an expert's width",
 }
-WIDTH = 116  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
+WIDTH = 144  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
