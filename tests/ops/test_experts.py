@@ -7,7 +7,7 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
 from gemcutter.ops.experts import expert_slots, experts, experts_reference
-from gemcutter.ops.experts_stream import stream_experts, streams
+from gemcutter.ops.experts_stream_hopper import stream_experts, streams
 from gemcutter.ops.experts_table import Plan
 from gemcutter.ops.experts_tiles import built_in_plan, built_in_tiles
 from gemcutter.ops.geglu import geglu

@@ -25,7 +25,7 @@ PARTS = {
     "gate_up_hopper": Part.LINEARS,
     "experts": Part.EXPERTS,
     "experts_hopper": Part.EXPERTS,
-    "experts_stream": Part.EXPERTS,
+    "experts_stream_hopper": Part.EXPERTS,
     "attend": Part.ATTENTION,
     "attend_decode": Part.ATTENTION,
     "attend_decode_hopper": Part.ATTENTION,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "tables"
-# Triton's tiles in `experts.py`; the products of `experts_stream.py`, and those of `experts_hopper.py`.
+# Triton's tiles in `experts.py`; the products of `experts_stream_hopper.py`, and those of `experts_hopper.py`.
 KERNELS = ("tiles", "stream", "grouped")
 DTYPES = ("bfloat16", "float16")  # products on tensor cores
 

@@ -6,7 +6,7 @@ import logging
 import torch
 
 from gemcutter.ops.experts_hopper import groups
-from gemcutter.ops.experts_stream import streams
+from gemcutter.ops.experts_stream_hopper import streams
 from gemcutter.ops.experts_table import DTYPES, Plan, Shape, Table, Tile, read_table, table_path
 from gemcutter.ops.linear_hopper import loads_by_tma
 

@@ -26,7 +26,7 @@ from gemcutter.ops.attend_prefill import launch_prefill
 from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.experts import experts_launch
 from gemcutter.ops.experts_hopper import grouped_experts
-from gemcutter.ops.experts_stream import stream_experts
+from gemcutter.ops.experts_stream_hopper import stream_experts
 from gemcutter.ops.gate_up_hopper import stream_gate_up
 from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_hopper import stream
@@ -77,7 +77,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
             found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
     found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
     found["experts_hopper"] = [_grouped_experts]
-    found["experts_stream"] = [functools.partial(_stream_experts, rows) for rows in (1, 16)]
+    found["experts_stream_hopper"] = [functools.partial(_stream_experts, rows) for rows in (1, 16)]
     found["gate_up_hopper"] = [functools.partial(_gate_up, rows, count) for rows in (1, 16) for count in (0, 128)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
