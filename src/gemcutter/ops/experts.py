@@ -5,11 +5,12 @@ the dtype. Their weighted sum is `layer_seam`'s (`slot_sum.py`), which reads the
 Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits, were its
 products made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
 
-On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N] activations, a
-second one the [slots, H] outputs. `experts_tiles.py` chooses by the number of tokens: tiles, or with the same bits the
-products of `experts_hopper.py`, or for few tokens those of `experts_stream_hopper.py`, which need no sort. Grids are
-bounded by the number of slots alone, so nothing waits for the device and a CUDA graph can hold it all. A row's bits
-depend on no other row, nor on how many share its expert: every tile walks K upwards, into one accumulator a row.
+On a GPU the slots are sorted by expert (`ops/sort_by_expert.py`), a grouped GEMM makes the [slots, N] activations,
+a second one the [slots, H] outputs. `experts_tiles.py` chooses by the number of tokens: tiles, or with the same
+bits the products of `experts_hopper.py`, or for few tokens those of `experts_stream_hopper.py`, which need no
+sort. Grids are bounded by the number of slots alone, so nothing waits for the device and a CUDA graph can hold it
+all. A row's bits depend on no other row, nor on how many share its expert: every tile walks K upwards, into one
+accumulator a row.
 """
 
 import torch
