@@ -56,7 +56,7 @@ class EngineConfig:
     chunked_prefill_size: int = option(8192, "tokens of one prompt prefilled in one step")
     max_prefill_tokens: int = option(8192, "prompt tokens of all requests prefilled in one step")
     max_running_requests: int | None = option(None, "requests in a step; default: 128 on a GPU, 16 on a CPU")
-    cuda_graph_max_bs: int | None = option(None, "largest decode batch captured as a CUDA graph; default: all")
+    cuda_graph_max_bs: int | None = option(None, "most rows of decoding that CUDA graphs hold; default: all")
     disable_cuda_graph: bool = option(False, "run every step eagerly")
     disable_radix_cache: bool = option(False, "no reuse of cached prefixes")
     random_seed: int = option(0, "seed of dummy weights and of requests that bring none")
