@@ -12,7 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import load_tile
+from gemcutter.ops.load_pages import boxes, pages_by_tma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLOOR = gl.constexpr(-1e30)  # as in online_softmax.py
@@ -217,10 +218,8 @@ def _merge_hopper_kernel(
 
 
 def takes_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether these kernels do: 64 columns of 16 bits, and 8 keys a page, fill the swizzle of shared memory."""
-    page_size, head_dim = k_cache.shape[2:]
-    whole = head_dim >= 64 and page_size >= 8 and page_size & (page_size - 1) == 0
-    return whole and k_cache.shape[:3].numel() < 2**31 and loads_by_tma(k_cache, v_cache)
+    """Whether these kernels do: 64 columns of 16 bits fill the swizzle of shared memory."""
+    return k_cache.shape[3] >= 64 and pages_by_tma(k_cache, v_cache)
 
 
 def launch_hopper(
@@ -243,8 +242,7 @@ def launch_hopper(
     # one, and each covers the others' waits: four sequences of 1024 keys take 13 µs so, and 18 with two stages.
     block_n, stages = (64, 2) if head_dim <= 256 else (32, 3)
     stages = stages if workers * num_kv_heads * num_seqs <= SMS else 1
-    box = [min(page_size, block_n), head_dim]
-    caches = (descriptor(cache.flatten(0, 2), box) for cache in (k_cache, v_cache))
+    caches = (boxes(cache, block_n, head_dim) for cache in (k_cache, v_cache))
     shape = dict(D=head_dim, WINDOW=window or 0, SPLIT=split)
     options = dict(launch_pdl=True, enable_fp_fusion=False)
     _partial_hopper_kernel[(workers, num_kv_heads, num_seqs)](

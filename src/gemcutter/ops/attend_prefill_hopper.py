@@ -283,7 +283,7 @@ def prefill(
     query_tiles = triton.cdiv(max_query_len * group, 2 * ROWS.value)
     programs = query_tiles * (head_dim // COLS.value) * num_kv_heads * (len(kv_len) - first_seq)
     _prefill_hopper_kernel[(programs,)](
-        q, *(boxes(cache) for cache in (k_cache, v_cache)), out, query_start, kv_len, pages,
+        q, *(boxes(cache, KEYS.value, BOX.value) for cache in (k_cache, v_cache)), out, query_start, kv_len, pages,
         first_seq, pages.shape[1], query_tiles,
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         K_STAGES=2 if head_dim == 256 else 3, V_STAGES=512 // head_dim,  # with Q 192 and 224 KiB

@@ -1,4 +1,4 @@
-"""Key and value tiles of the paged cache by TMA, for `attend_prefill_hopper.py`."""
+"""Keys and values of the paged cache by TMA: what attention's kernels share, and the loading warps of prefill."""
 
 import torch
 from triton.experimental import gluon
@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
 
 KEYS = gl.constexpr(64)  # a tile
 COLS = gl.constexpr(256)  # a stage, with 64 keys 32 KiB
@@ -74,17 +74,18 @@ def load_pages(
                 mbarrier.arrive(ready.index(stage), count=1)
 
 
-def boxes(cache: torch.Tensor) -> TensorDescriptor:
-    """The cache as rows of keys, in boxes of one page, or of a tile where pages are longer."""
-    rows = cache.flatten(0, 2)
-    assert len(rows) < 2**31, f"{len(rows)} rows of keys in one layer: TMA counts them in 32 bits"
-    dtype = gl.bfloat16 if cache.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([KEYS.value, BOX.value], dtype)
-    return TensorDescriptor.from_tensor(rows, [min(cache.shape[2], KEYS.value), BOX.value], layout)
+def boxes(cache: torch.Tensor, keys: int, columns: int) -> TensorDescriptor:
+    """The cache as rows of keys, to be loaded in boxes of so many, or of one page where pages are shorter."""
+    return descriptor(cache.flatten(0, 2), [min(cache.shape[2], keys), columns])
+
+
+def pages_by_tma(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether TMA loads such pages: eight keys are one round of the swizzle, and rows are counted in 32 bits."""
+    page_size = k_cache.shape[2]
+    power = page_size & (page_size - 1) == 0 and page_size >= 8
+    return power and k_cache.shape[:3].numel() < 2**31 and loads_by_tma(k_cache, v_cache)
 
 
 def loads_pages(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Whether such a cache comes by these loads."""
-    page_size, head_dim = k_cache.shape[2:]
-    power = page_size & (page_size - 1) == 0 and page_size >= 8  # eight rows are one round of the swizzle
-    return head_dim in (256, 512) and power and loads_by_tma(k_cache, v_cache)
+    return k_cache.shape[3] in (256, 512) and pages_by_tma(k_cache, v_cache)
