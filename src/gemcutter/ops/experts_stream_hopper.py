@@ -134,7 +134,6 @@ def _up_stream_kernel(
 def _down_stream_kernel(
     weight_desc, x_ptr, ids_ptr, out_ptr, tokens, TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr,
     K: gl.constexpr, ROWS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    x_layout: gl.constexpr,
 ):  # fmt: skip
     """Program (slot, tile): out[slots] = x[slots] @ weight[expert].T, ROWS of its N columns; weight [E, N, K]."""
     gdc_launch_dependents()
@@ -145,6 +144,7 @@ def _down_stream_kernel(
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BYTES: gl.constexpr = ROWS * BLOCK_K * 2
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_T, BLOCK_K], dtype)
     x_tiles = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_T, BLOCK_K], x_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -223,10 +223,8 @@ def stream_experts(
         descriptor(gate_up.flatten(0, 1), [COLS, UP_K]), descriptor(x, [block_t, UP_K]), ids, activated, tokens,
         N=width, K=hidden, COLS=COLS, BLOCK_K=UP_K, STAGES=UP_STAGES, SETTLED=settled, **shape, **options,
     )  # fmt: skip
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     _down_stream_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
         descriptor(down.flatten(0, 1), [ROWS, DOWN_K]), activated, ids, slots, tokens,
-        N=hidden, K=width, ROWS=ROWS, BLOCK_K=DOWN_K, STAGES=down_stages,
-        x_layout=gl.NVMMASharedLayout.get_default_for([block_t, DOWN_K], dtype), **shape, **options,
+        N=hidden, K=width, ROWS=ROWS, BLOCK_K=DOWN_K, STAGES=down_stages, **shape, **options,
     )  # fmt: skip
     return slots
