@@ -105,7 +105,7 @@ class StepBuilder:
         decodes, prefills = plan.decodes, plan.prefills
         empty, unused = bucket.decodes - len(decodes), bucket.prompts - len(prefills)
         left = bucket.prompt_tokens - sum(c.stop - c.start for c in prefills)
-        assert empty >= 0 and left >= 0 and (unused > 0 or (unused == 0 and left == 0)), f"{plan} is over {bucket}"
+        assert min(empty, left, unused) >= 0 and (unused or not left), f"{plan} is over {bucket}"
         last = [left, *[0] * (unused - 1)] if unused else []
         start = np.array([c.start for c in decodes] + [0] * empty + [c.start for c in prefills] + [0] * unused)
         stop = np.array([c.stop for c in decodes] + [1] * empty + [c.stop for c in prefills] + last)
@@ -149,10 +149,11 @@ class StepBuilder:
     def _write_places(self, parts: Parts, plan: Plan, bucket: Bucket, sequence_of: np.ndarray) -> None:
         """Pages of every sequence and the slot of every token, by kind; the dump's for what fills up."""
         held = self._ledger.layout.num_pages(int(parts.kv_len.max()))
-        parts.tables[:] = 0
-        for chunks, begin in ((plan.decodes, 0), (plan.prefills, bucket.decodes)):
+        parts.tables[:, :, held:] = 0
+        for chunks, begin, end in ((plan.decodes, 0, bucket.decodes), (plan.prefills, bucket.decodes, bucket.rows)):
             ids = [c.sequence.id for c in chunks]
             self._ledger.read_tables(ids, parts.tables[:, begin : begin + len(ids), :held])
+            parts.tables[:, begin + len(ids) : end] = 0
         logical, offset = np.divmod(parts.positions, self._page_size)
         for slots, table in zip(parts.slots, parts.tables, strict=True):
             np.multiply(table[sequence_of, logical], self._page_size, out=slots, dtype=np.int64)
