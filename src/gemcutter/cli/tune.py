@@ -78,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or table_path(device, dtype, shape)
     with blame_user(args.parser):
         table = _tune(shape, dtype, device, out, sorted(set(args.buckets or BUCKETS)))
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    console.print(_times(table), markup=False, highlight=False)
+    _show(_times(table))
     print(f"Written to {out}")
     return 0
 
@@ -151,9 +149,7 @@ def _list(args: argparse.Namespace) -> int:
         taken = here == table.device and path == table_path(here, table.dtype, table.shape)
         last = table.made_with, "yes" if taken else "no"
         shown.add_row(table.device, table.dtype, *map(str, table.shape), tokens, *last)
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    console.print(shown, markup=False, highlight=False)
+    _show(shown)
     print(f"In {FOLDER}; this machine has {here or 'no GPU'}")
     return 0
 
@@ -163,3 +159,9 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _show(table: Table) -> None:
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    console.print(table, markup=False, highlight=False)
