@@ -19,6 +19,7 @@ import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.experts_fp8 import experts_fp8
 from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream_hopper import stream_experts
 from gemcutter.ops.experts_table import Plan, Tile
@@ -26,28 +27,43 @@ from gemcutter.ops.experts_tiles import plan_for
 from gemcutter.ops.geglu import geglu_reference, gelu_tanh
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import linear_reference
+from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
 
 
 def experts(
-    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool = False
+    x: torch.Tensor | Quantized,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor | Quantized,
+    down: torch.Tensor | Quantized,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Apply each token's experts.
 
     Args:
-        x: [T, H] of float32, bfloat16 or float16, normed; dense rows, row stride free. T may be 0.
+        x: [T, H] of float32, bfloat16 or float16, normed; dense rows, row stride free. T may be 0. Before quantised
+            weights (`experts_fp8.py`) bfloat16, which is then quantised, or a pair.
         ids: [T, k] int32 or int64 in [0, E), which the caller guarantees; dense.
-        gate_up: [E, 2N, H] of x's dtype, gate rows then up rows, dense.
-        down: [E, H, N] of x's dtype, dense.
+        gate_up: [E, 2N, H] of x's dtype, gate rows then up rows, dense; or a pair, scale [E, 2N, 1].
+        down: [E, H, N] of x's dtype, dense; or a pair, scale [E, H, 1], where gate_up is one.
         settled: x and ids are, as `ops/chain.py` has it, and few tokens need not wait for the kernel ahead. Where
             they are not and this says so, the kernels may read what stood there before.
 
     Returns:
-        [T, k, H] of x's dtype, contiguous: a token's experts in the order of its ids, not weighted.
+        [T, k, H] of x's dtype (bfloat16 of a pair), contiguous: a token's experts in the order of its ids, not
+        weighted.
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
+    quantized = [isinstance(weight, Quantized) for weight in (gate_up, down)]
+    if all(quantized):
+        return experts_fp8(x, ids, gate_up, down, settled)
+    if any(quantized) or isinstance(x, Quantized):
+        kinds = ", ".join(
+            f"{name} {type(each).__name__}" for name, each in dict(x=x, gate_up=gate_up, down=down).items()
+        )
+        raise TypeError(f"{kinds}: quantise both weights or neither, and x only for quantised ones")
     return _experts(x, ids, gate_up, down, settled)
 
 

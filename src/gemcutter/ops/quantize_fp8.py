@@ -26,7 +26,7 @@ WIDEST = 65536  # one program holds a row
 
 
 class Quantized(NamedTuple):
-    """What stands for x [T, H] before an FP8 product.
+    """What stands for x [T, H] before an FP8 product, or for a weight, each output channel of it a row.
 
     One type at every T: without tokens q is [0, H] and scale [0, 1], and neither is dropped. A reader that wants
     x's dtype, with tokens or without, takes `dequantize`, never the pair itself.
@@ -60,6 +60,18 @@ def check_quantize_fp8(x: torch.Tensor) -> None:
 def check_quantized_width(name: str, width: int) -> None:
     if width > WIDEST:
         raise ValueError(f"{name} gives rows of {width} to quantise: up to {WIDEST} are taken; split them")
+
+
+def check_quantized(name: str, q: torch.Tensor, scale: torch.Tensor, shape: tuple, device: torch.device) -> None:
+    """A pair whose q has this shape, dense, with a dense scale for each of its rows."""
+    if q.dtype != torch.float8_e4m3fn or scale.dtype != torch.float32:
+        raise TypeError(f"{name} is {q.dtype} with scales of {scale.dtype}: float8_e4m3fn and float32 are needed")
+    if q.device != device or scale.device != device:
+        raise TypeError(f"{name} is on {q.device}, its scale on {scale.device}: both are needed on {device}")
+    want = (*shape[:-1], 1)
+    if q.shape != shape or scale.shape != want or not (q.is_contiguous() and scale.is_contiguous()):
+        got = f"q {tuple(q.shape)}, strides {q.stride()}, scale {tuple(scale.shape)}, strides {scale.stride()}"
+        raise ValueError(f"{name} has {got}: dense q {tuple(shape)} and scale {want} are needed")
 
 
 def quantize_fp8_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,131 @@
+"""FP8 experts: HF's eager loop with products of our own words, float64, a row alone against a crowd, refusals."""
+
+import pytest
+import torch
+from test_experts import case, error
+from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+
+from gemcutter.ops import Quantized, experts, quantize_fp8
+from gemcutter.ops.slot_sum import slot_sum_reference
+
+
+def quantized(weight: torch.Tensor) -> Quantized:
+    """[E, N, K] with a scale for each of its rows."""
+    rows = quantize_fp8(weight.flatten(0, 1))
+    return Quantized(rows.q.view(weight.shape), rows.scale.view(*weight.shape[:2], 1))
+
+
+def fp8_case(*args, **kwargs):
+    x, ids, gate_up, down = case(*args, torch.bfloat16, **kwargs)
+    return x, ids, quantized(gate_up), quantized(down)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Rows of x as FP8 keeps them, in float64; the scale as compressed-tensors has it."""
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-10 / 448)
+    return (x / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+@pytest.mark.parametrize("tokens,num_experts,top_k", [(0, 8, 2), (1, 8, 4), (23, 16, 4), (40, 4, 4)], ids=str)
+def test_experts_are_hf_eager_on_rounded_values(tokens, num_experts, top_k, monkeypatch):
+    """HF's loop on the dequantised weights, its linear made to round x, add up in float64 and round once."""
+    x, ids, gate_up, down = fp8_case(tokens, num_experts, top_k, 64, 44)
+    weights = torch.rand(tokens, top_k) * 1.5 + 0.01
+    config = Gemma4TextConfig(
+        hidden_size=64,
+        num_experts=num_experts,
+        top_k_experts=top_k,
+        moe_intermediate_size=44,
+        enable_moe_block=True,
+    )
+    config._experts_implementation = "eager"
+    module = hf.Gemma4TextExperts(config)
+    module.gate_up_proj.data, module.down_proj.data = (w.q.double() * w.scale for w in (gate_up, down))
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", lambda x, w: (rounded(x) @ w.T).to(torch.bfloat16))
+        want = module(x, ids, weights)
+    got = slot_sum_reference(experts(x, ids, gate_up, down), ids, weights)
+    assert got.dtype == want.dtype == torch.bfloat16 and got.shape == want.shape
+    if tokens:
+        # Float's sums differ from float64's in the last place, which seldom moves a bfloat16 or an e4m3.
+        assert error(got, want.double()) < 2e-3 and (got == want).double().mean() > 0.9
+
+
+def test_sums_that_are_exact_have_exactly_these_bits():
+    """Small integers: what differs is a scale, a row or a rounding astray."""
+    torch.manual_seed(0)
+    tokens, num_experts, top_k, hidden, width = 19, 5, 3, 48, 40
+    ids = torch.rand(tokens, num_experts).topk(top_k, -1).indices
+    q = torch.randint(-3, 4, (tokens, hidden)).to(torch.float8_e4m3fn)
+    x = Quantized(q, torch.rand(tokens, 1) / 8)
+    gate_up, down = (
+        Quantized(torch.randint(-2, 3, size).to(torch.float8_e4m3fn), torch.rand(*size[:2], 1))
+        for size in ((num_experts, 2 * width, hidden), (num_experts, hidden, width))
+    )
+    got = experts(x, ids, gate_up, down)
+    for token in range(tokens):
+        for slot, expert in enumerate(ids[token].tolist()):
+            sums = (gate_up.q[expert].double() @ x.q[token].double()).float()
+            gate, up = (sums * x.scale[token] * gate_up.scale[expert, :, 0]).bfloat16().chunk(2)
+            activated = quantize_fp8((torch.nn.functional.gelu(gate, approximate="tanh") * up)[None])
+            sums = down.q[expert].double() @ activated.q[0].double()
+            assert sums.abs().max() * 2**9 < 2**24, "e4m3's last place is 2^-9 at least: float32 holds such sums"
+            want = (sums.float() * activated.scale[0] * down.scale[expert, :, 0]).bfloat16()
+            assert torch.equal(got[token, slot], want), (token, slot)
+
+
+def test_a_pair_is_what_quantising_makes():
+    x, ids, gate_up, down = fp8_case(23, 16, 4, 64, 44)
+    want = experts(x, ids, gate_up, down)
+    assert torch.equal(experts(quantize_fp8(x), ids.int(), gate_up, down, True), want)
+    wide = torch.full((23, 80), torch.nan, dtype=torch.bfloat16)
+    wide[:, 8:72] = x
+    assert torch.equal(experts(wide[:, 8:72], ids, gate_up, down), want)
+
+
+def test_rows_do_not_know_each_other():
+    """One of inf, one of NaN and one of zeros among them."""
+    x, ids, gate_up, down = fp8_case(100, 16, 4, 192, 64)
+    x[3, 5], x[4, 6], x[5] = torch.inf, torch.nan, 0
+    crowd = experts(x, ids, gate_up, down)
+    assert (
+        crowd[3:5].isnan().all() and not crowd[5].any() and crowd[6:].isfinite().all() and crowd[6:].all(-1).any()
+    )
+    for some in (range(1), range(99, 100), range(6, 40), range(5, 64), range(99, 4, -7)):
+        rows = torch.tensor(some)
+        assert torch.equal(experts(x[rows], ids[rows], gate_up, down), crowd[rows]), rows
+
+
+def test_refusals():
+    x, ids, gate_up, down = fp8_case(5, 8, 2, 64, 44)
+    pair = quantize_fp8(x)
+    for change, kind, message in (
+        (dict(x=x.float()), TypeError, "x is torch.float32"),
+        (dict(x=pair._replace(q=x)), TypeError, "x is torch.bfloat16"),
+        (dict(x=pair._replace(scale=pair.scale[:, 0])), ValueError, "x has .*scale"),
+        (dict(x=pair._replace(q=pair.q[:, ::2])), ValueError, "x has q"),
+        (dict(x=pair._replace(q=pair.q[0])), ValueError, r"x.q \[T, H\]"),
+        (dict(ids=ids[:4]), ValueError, "each of 5 tokens"),
+        (dict(ids=ids.float()), TypeError, "ids are torch.float32"),
+        (dict(down=down.dequantize(torch.bfloat16)), TypeError, "quantise both weights or neither"),
+        (dict(gate_up=gate_up.q), TypeError, "quantise both weights or neither"),
+        (dict(x=pair, gate_up=gate_up.q, down=down.q), TypeError, "x only for quantised ones"),
+        (dict(gate_up=gate_up._replace(scale=gate_up.scale.bfloat16())), TypeError, "gate_up is .*bfloat16"),
+        (dict(gate_up=gate_up._replace(q=gate_up.q[:, 1:].contiguous())), ValueError, "gate_up has"),
+        (dict(down=down._replace(scale=down.scale[:, :, 0])), ValueError, "down has"),
+        (dict(down=down._replace(q=down.q.transpose(1, 2))), ValueError, "down has|gate_up has"),
+        (dict(down=down._replace(q=down.q[0])), ValueError, "down.q"),
+    ):
+        args = dict(x=x, ids=ids, gate_up=gate_up, down=down) | change
+        with pytest.raises(kind, match=message):
+            experts(*args.values())
+
+
+def test_opcheck():
+    x, ids, gate_up, down = fp8_case(5, 8, 2, 64, 44)
+    args = (*quantize_fp8(x), ids, *gate_up, *down, False)
+    checks = [f"test_{name}" for name in ("autograd_registration", "faketensor", "aot_dispatch_dynamic")]
+    # Left out is test_schema, which compares arguments in arithmetic that PyTorch has not for e4m3.
+    torch.library.opcheck(torch.ops.gemcutter.experts_fp8.default, args, test_utils=checks)
