@@ -21,10 +21,11 @@ class Case:
     window: int | None
     k: list[torch.Tensor]  # of each sequence, [kv_len, num_kv_heads, D] in the cache's dtype
     v: list[torch.Tensor]
+    scale: float
 
     @property
     def args(self) -> tuple:
-        return self.q, self.k_cache, self.v_cache, self.batch, self.pages, self.window
+        return self.q, self.k_cache, self.v_cache, self.batch, self.pages, self.window, self.scale
 
 
 def make_case(
@@ -38,16 +39,17 @@ def make_case(
     device: str = "cpu",
     seed: int = 0,
     spare_pages: int = 3,
+    scale: float = 1.0,
 ) -> Case:
-    """lengths: (query tokens, keys held) of each sequence, single queries first. Scores have deviation 3."""
+    """lengths: (query tokens, keys held) of each sequence, single queries first. Scaled scores have deviation 3."""
     rng = torch.Generator().manual_seed(seed)
     num_tokens = sum(query for query, _ in lengths)
     num_decodes = next((i for i, (query, _) in enumerate(lengths) if query > 1), len(lengths))
 
-    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=rng) * scale).to(dtype).to(device)
+    def draw(*shape: int, deviation: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=rng) * deviation).to(dtype).to(device)
 
-    q = draw(num_tokens, heads, head_dim, scale=3 / head_dim**0.5)
+    q = draw(num_tokens, heads, head_dim, deviation=3 / head_dim**0.5 / scale)
     needed = [-(-held // page_size) for _, held in lengths]
     num_pages = 1 + sum(needed) + spare_pages
     ids = (1 + torch.randperm(num_pages - 1, generator=rng)).tolist()  # page 0 is the dump
@@ -80,7 +82,7 @@ def make_case(
         max_query_len=max((query for query, _ in lengths[num_decodes:]), default=0),
         max_kv_len=max(held for _, held in lengths),
     )
-    return Case(q, k_cache, v_cache, batch, pages.to(device), window, all_k, all_v)
+    return Case(q, k_cache, v_cache, batch, pages.to(device), window, all_k, all_v, scale)
 
 
 def alone(case: Case, i: int) -> tuple[tuple, slice]:
@@ -99,7 +101,7 @@ def alone(case: Case, i: int) -> tuple[tuple, slice]:
     )
     width = -(-held // case.k_cache.shape[2])
     pages = case.pages[i : i + 1, :width].clone()
-    return (case.q[rows].clone(), case.k_cache, case.v_cache, batch, pages, case.window), rows
+    return (case.q[rows].clone(), case.k_cache, case.v_cache, batch, pages, case.window, case.scale), rows
 
 
 def visible(query: int, held: int, window: int | None) -> torch.Tensor:
@@ -116,7 +118,7 @@ def exact(case: Case) -> torch.Tensor:
         q = case.q[starts[i] : starts[i + 1]].double()
         group = q.shape[1] // k.shape[1]
         k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-        scores = torch.einsum("thd,nhd->htn", q, k)
+        scores = torch.einsum("thd,nhd->htn", q, k) * case.scale
         seen = visible(len(q), len(k), case.window).to(q.device)
         out.append(torch.einsum("htn,nhd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
     return torch.cat(out)

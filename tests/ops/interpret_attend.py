@@ -8,19 +8,19 @@ from gemcutter.ops.attend_decode import MAX_SLOTS, SPLIT, launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 
 
-def attend_by_kernels(q, k_cache, v_cache, batch, pages, window) -> torch.Tensor:
+def attend_by_kernels(q, k_cache, v_cache, batch, pages, window, scale=1.0) -> torch.Tensor:
     """What `attend` does on a GPU."""
     out = torch.full_like(q, float("nan"))
-    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, out)
+    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, scale, out)
     launch_prefill(
         q, k_cache, v_cache, batch.query_start, batch.kv_len, pages,
-        batch.num_decodes, batch.max_query_len, window, out,
+        batch.num_decodes, batch.max_query_len, window, scale, out,
     )  # fmt: skip
     return out
 
 
-def check(lengths, heads, kv_heads, head_dim, page_size, window, dtype, bound) -> None:
-    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype)
+def check(lengths, heads, kv_heads, head_dim, page_size, window, dtype, bound, scale=1.0) -> None:
+    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, scale=scale)
     got = attend_by_kernels(*case.args)
     wrong = error(got, exact(case))
     print(f"{heads}/{kv_heads} D{head_dim} window {window} page {page_size} {dtype}: error {wrong:.1e}")
@@ -66,6 +66,8 @@ if __name__ == "__main__":
     check(mixed[1:], 6, 2, 32, 8, 1, torch.float16, 4e-3)
     check([(1, 260), (9, 150)], 16, 1, 512, 16, None, torch.float16, 4e-3)
     check([(1, 260), (9, 150)], 2, 1, 256, 16, 128, torch.float32, 1e-5)
+    check([(1, 260), (9, 150)], 12, 1, 128, 16, None, torch.float16, 4e-3, scale=128**-0.5)
+    check([(1, 260), (9, 150)], 2, 1, 32, 16, 40, torch.float32, 1e-5, scale=3.0)
     check_chunks(torch.float16)
     check_many_splits()
     check_padded_row()

@@ -12,7 +12,15 @@ from transformers.models.gemma4.modeling_gemma4 import eager_attention_forward
 from gemcutter.ops.attend import REFERENCE_QUERIES, attend
 
 LENGTHS = [(1, 1), (1, 16), (1, 17), (1, 90), (1, 333), (1, 5), (2, 2), (5, 5), (70, 70), (33, 300), (310, 700)]
-GEOMETRIES = [(4, 2, 32, 16), (4, 1, 64, None), (6, 2, 32, 37), (4, 4, 64, 1), (16, 1, 32, 512)]
+# q heads, kv heads, head_dim, window, scale of the scores
+GEOMETRIES = [
+    (4, 2, 32, 16, 1.0),
+    (4, 1, 64, None, 1.0),
+    (6, 2, 32, 37, 1.0),
+    (4, 4, 64, 1, 1.0),
+    (16, 1, 32, 512, 1.0),
+    (12, 1, 128, None, 128**-0.5),
+]
 
 
 def hf_eager(case, block: int | None = None) -> torch.Tensor:
@@ -26,7 +34,7 @@ def hf_eager(case, block: int | None = None) -> torch.Tensor:
     for i, (k, v) in enumerate(zip(case.k, case.v, strict=True)):
         q = case.q[starts[i] : starts[i + 1]]
         if block is None:
-            out.append(hf_attention(q, k, v, visible(len(q), len(k), case.window)))
+            out.append(hf_attention(q, k, v, visible(len(q), len(k), case.window), case.scale))
             continue
         first, held = len(k) - len(q), len(k)
         tail = -held % block
@@ -37,23 +45,23 @@ def hf_eager(case, block: int | None = None) -> torch.Tensor:
             end = begin + block
             oldest = 0 if case.window is None else max(0, begin - case.window + 1)
             seen = visible(block, end, case.window)[:, oldest:]
-            parts.append(hf_attention(q[begin:end], k[oldest:end], v[oldest:end], seen))
+            parts.append(hf_attention(q[begin:end], k[oldest:end], v[oldest:end], seen, case.scale))
         out.append(torch.cat(parts)[first:held])
     return torch.cat(out)
 
 
-def hf_attention(q, k, v, seen) -> torch.Tensor:
+def hf_attention(q, k, v, seen, scale) -> torch.Tensor:
     mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
     module = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], training=False)
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return eager_attention_forward(module, *heads, mask[None, None].to(q.device), scaling=1.0)[0][0]
+    return eager_attention_forward(module, *heads, mask[None, None].to(q.device), scaling=scale)[0][0]
 
 
 @pytest.mark.parametrize("page_size", [8, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads, head_dim, window", GEOMETRIES)
-def test_reference_is_hf_eager(heads, kv_heads, head_dim, window, dtype, page_size):
-    case = make_case(LENGTHS, heads, kv_heads, head_dim, page_size, window, dtype)
+@pytest.mark.parametrize("heads, kv_heads, head_dim, window, scale", GEOMETRIES)
+def test_reference_is_hf_eager(heads, kv_heads, head_dim, window, scale, dtype, page_size):
+    case = make_case(LENGTHS, heads, kv_heads, head_dim, page_size, window, dtype, scale=scale)
     got, want, truth = attend(*case.args), hf_eager(case), exact(case)
     assert got.dtype == dtype
     assert error(got, truth) < (1e-5 if dtype == torch.float32 else 0.04)
@@ -63,9 +71,9 @@ def test_reference_is_hf_eager(heads, kv_heads, head_dim, window, dtype, page_si
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads, head_dim, window", [*GEOMETRIES, (8, 2, 64, None)])
-def test_reference_has_hfs_bits_block_by_block(heads, kv_heads, head_dim, window, dtype):
-    case = make_case(LENGTHS, heads, kv_heads, head_dim, 16, window, dtype)
+@pytest.mark.parametrize("heads, kv_heads, head_dim, window, scale", [*GEOMETRIES, (8, 2, 64, None, 1.0)])
+def test_reference_has_hfs_bits_block_by_block(heads, kv_heads, head_dim, window, scale, dtype):
+    case = make_case(LENGTHS, heads, kv_heads, head_dim, 16, window, dtype, scale=scale)
     assert torch.equal(attend(*case.args), hf_eager(case, REFERENCE_QUERIES))
 
 
@@ -80,10 +88,10 @@ def test_reference_alone_is_reference_in_a_crowd(window, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, kv_heads, head_dim, window", GEOMETRIES)
-def test_reference_is_the_same_however_a_sequence_is_cut(heads, kv_heads, head_dim, window, dtype):
+@pytest.mark.parametrize("heads, kv_heads, head_dim, window, scale", GEOMETRIES)
+def test_reference_is_the_same_however_a_sequence_is_cut(heads, kv_heads, head_dim, window, scale, dtype):
     """Whole, in chunks, and token by token as a decoder goes; what is not computed yet is NaN."""
-    case = make_case([(150, 150)], heads, kv_heads, head_dim, 16, window, dtype)
+    case = make_case([(150, 150)], heads, kv_heads, head_dim, 16, window, dtype, scale=scale)
     whole = attend(*case.args)
     page_size = case.k_cache.shape[2]
     for size in (1, 5, 16, 37, 64):
@@ -101,7 +109,7 @@ def test_reference_is_the_same_however_a_sequence_is_cut(heads, kv_heads, head_d
                 max_query_len=0 if size == 1 else end - begin,
                 max_kv_len=end,
             )
-            got = attend(case.q[begin:end], k_cache, v_cache, batch, case.pages, window)
+            got = attend(case.q[begin:end], k_cache, v_cache, batch, case.pages, window, scale)
             assert torch.equal(got, whole[begin:end]), f"tokens {begin} to {end}"
 
 

@@ -28,7 +28,10 @@ SHAPES = {
     "groups of 6, pages of 128": (12, 2, 512, None, 128, FP16),
     "window of one, pages of 256": (4, 4, 256, 1, 256, BF16),
     "windowed 512": (4, 2, 512, 65, 8, BF16),
+    "GLM-4.7": (96, 8, 128, None, 16, BF16),
+    "scaled 256": (8, 2, 256, 512, 16, BF16),
 }
+SCALES = {"GLM-4.7": 128**-0.5, "scaled 256": 0.3}
 DECODES = [(1, 1), (1, 5), (1, 128), (1, 129), (1, 1024), (1, 1537), (1, 3000)]
 CHUNKS = [(2, 2), (7, 400), (65, 65), (200, 1300), (300, 2100)]
 
@@ -43,7 +46,8 @@ def test_kernels_in_the_interpreter():
 def test_kernels_against_float64(name):
     heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
     lengths = DECODES + CHUNKS
-    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, "cuda")
+    scale = SCALES.get(name, 1.0)
+    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, "cuda", scale=scale)
     got, truth, eager = attend(*case.args), exact(case), hf_eager(case)
     wrong, hf_wrong = ((x.double() - truth).norm().item() / truth.norm().item() for x in (got, eager))
     print(f"{name}: relative error {wrong:.2e}, HF eager {hf_wrong:.2e}, worst row {error(got, truth):.2e}")

@@ -1,7 +1,4 @@
-"""Causal attention of a step's queries over the paged KV cache, full or windowed.
-
-Scale 1.0 and no softcap, as in Gemma 4.
-"""
+"""Causal attention of a step's queries over the paged KV cache, full or windowed, without a soft cap."""
 
 import torch
 
@@ -19,6 +16,7 @@ def attend(
     batch: StepBatch,
     pages: torch.Tensor,
     window: int | None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of every query token over its own sequence, this step's keys included.
 
@@ -34,6 +32,7 @@ def attend(
         pages: [S, max_pages] int32, of this layer's kind. What no query sees is never read as data: freed
             pages, the dump and the tail of the last page may hold NaN.
         window: tokens visible to a query, itself included; None sees all.
+        scale: of the scores: 1 in Gemma 4, whose head norms stand in for it.
 
     On Hopper a decode reads `batch`, `pages`, and keys and values older than the step (a sequence's below
     kv_len - T), before the kernels ahead of it are done. They must be settled, as `ops/chain.py` has it: written by
@@ -50,12 +49,12 @@ def attend(
     table = pages.shape[1] * page_size
     assert batch.max_kv_len <= table, f"{batch.max_kv_len} keys, but the page table ends at {table}"
     if not q.is_cuda:
-        return attend_reference(q, k_cache, v_cache, batch, pages, window)
+        return attend_reference(q, k_cache, v_cache, batch, pages, window, scale)
     out = torch.empty_like(q)
-    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, out)
+    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, scale, out)
     launch_prefill(
         q, k_cache, v_cache, batch.query_start, batch.kv_len, pages,
-        batch.num_decodes, batch.max_query_len, window, out,
+        batch.num_decodes, batch.max_query_len, window, scale, out,
     )  # fmt: skip
     return out
 
@@ -67,14 +66,15 @@ def attend_reference(
     batch: StepBatch,
     pages: torch.Tensor,
     window: int | None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """HF's `eager_attention_forward`, REFERENCE_QUERIES positions at a time; any device.
 
-    Scores and probabilities are rounded to q's dtype, the softmax is fp32. The blocks begin at multiples of
-    REFERENCE_QUERIES in the sequence and are always whole: queries of other steps, and keys that no query sees, are
-    zeros. Each product then has a shape and a place in it that follow from the query's position alone, and so have
-    its bits, for a library's matrix product may sum in another order for another shape. Nothing but keys that a
-    query of the step sees is gathered.
+    Scores, scaled scores and probabilities are rounded to q's dtype, the softmax is fp32. The blocks begin at
+    multiples of REFERENCE_QUERIES in the sequence and are always whole: queries of other steps, and keys that no
+    query sees, are zeros. Each product then has a shape and a place in it that follow from the query's position
+    alone, and so have its bits, for a library's matrix product may sum in another order for another shape. Nothing
+    but keys that a query of the step sees is gathered.
     """
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.kv_len.tolist()
@@ -94,7 +94,7 @@ def attend_reference(
         for block in range(begin, end, REFERENCE_QUERIES):
             rows = slice(block - begin, block - begin + REFERENCE_QUERIES)
             keys = slice(_oldest_visible(block, window) - oldest, block + REFERENCE_QUERIES - oldest)
-            mixed.append(_attend_block(queries[rows], k[:, keys], v[:, keys], window))
+            mixed.append(_attend_block(queries[rows], k[:, keys], v[:, keys], window, scale))
         out[starts[i] : starts[i + 1]] = torch.cat(mixed)[first - begin : held - begin]
     return out
 
@@ -114,7 +114,9 @@ def _gather(cache: torch.Tensor, pages: torch.Tensor, oldest: int, seen: int, he
     return out
 
 
-def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+def _attend_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, scale: float
+) -> torch.Tensor:
     """Queries over keys; the last of both stand at the same position.
 
     q: [t, num_heads, D]; k, v: [num_kv_heads, n, D].
@@ -123,6 +125,8 @@ def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
     group = q.shape[1] // k.shape[0]
     grouped = q.unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)  # [num_kv_heads, group * t, D]
     scores = torch.matmul(grouped, k.transpose(1, 2))
+    if scale != 1.0:
+        scores *= scale
     every = torch.ones(t, n, dtype=torch.bool, device=q.device)
     hidden = every.triu(n - t + 1)  # keys behind the query
     if window is not None:

@@ -34,7 +34,7 @@ def _key_range(kv_len_ptr, seq, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
 def _partial_kernel(
     q_ptr, k_ptr, v_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots, page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program (worker, kv head, sequence): partials worker, worker + workers, ... of the kv head's group."""
@@ -72,7 +72,7 @@ def _partial_kernel(
             k = tl.load(k_ptr + rows + dims)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             scores = tl.where((key == live)[None, :], scores, float("-inf"))
-            acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, PRECISION)
+            acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, SCALE, PRECISION)
         at = head * slots + slot
         tl.store(part_ptr + at[:, None] * D + dims, acc, mask=used[:, None])
         tl.store(top_ptr + at, top, mask=used)
@@ -83,7 +83,7 @@ def _partial_kernel(
 def _merge_kernel(
     kv_len_ptr, part_ptr, top_ptr, total_ptr, out_ptr, slots,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr, CHAINED: tl.constexpr,
+    SCALE: tl.constexpr, SPLIT: tl.constexpr, MAX_SLOTS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, BLOCK_D dims): the partials' weighted sum, 16 partials at a time."""
     release(CHAINED)
@@ -97,7 +97,7 @@ def _merge_kernel(
     tops = tl.load(top_ptr + head * slots + slot, mask=slot < num_slots, other=FLOOR)
     totals = tl.load(total_ptr + head * slots + slot, mask=slot < num_slots, other=0.0)
     highest = tl.max(tops, 0)
-    total = tl.sum(tl.exp2((tops - highest) * LOG2E) * totals, 0)
+    total = tl.sum(tl.exp2((tops - highest) * (LOG2E * SCALE)) * totals, 0)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for begin in range(0, num_slots, 16):
         some = begin + tl.arange(0, 16)
@@ -105,7 +105,7 @@ def _merge_kernel(
         some_tops = tl.load(top_ptr + head * slots + some, mask=held, other=FLOOR)
         at = (head * slots + some)[:, None] * D + dims[None, :]
         part = tl.load(part_ptr + at, mask=held[:, None], other=0.0)
-        acc += tl.sum(part * tl.exp2((some_tops - highest) * LOG2E)[:, None], 0)
+        acc += tl.sum(part * tl.exp2((some_tops - highest) * (LOG2E * SCALE))[:, None], 0)
     acc = tl.where(num_slots > 0, acc / total, 0.0)
     tl.store(out_ptr + head * D + dims, acc.to(out_ptr.dtype.element_ty))
 
@@ -132,6 +132,7 @@ def launch_decode(
     pages: torch.Tensor,
     num_seqs: int,
     window: int | None,
+    scale: float,
     out: torch.Tensor,
 ) -> None:
     """Attention of the first num_seqs sequences, one token each, into the first num_seqs rows of `out`.
@@ -158,12 +159,14 @@ def launch_decode(
     total = torch.empty_like(top)
     workers = max(1, min(slots, triton.cdiv(PROGRAMS, num_seqs * num_kv_heads)))
     if takes_cache(k_cache, v_cache):
-        launch_hopper(q, k_cache, v_cache, kv_len, pages, window, out, (part, top, total), workers, SPLIT, ROWS)
+        launch_hopper(
+            q, k_cache, v_cache, kv_len, pages, window, scale, out, (part, top, total), workers, SPLIT, ROWS
+        )
         return
     _partial_kernel[(workers, num_kv_heads, num_seqs)](
         q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], slots, k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
-        SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        SCALE=scale, SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **decode_tile(q.dtype, head_dim, num_seqs), **chained(q),
         enable_fp_fusion=True,  # said outright: the default is an environment variable's
     )  # fmt: skip
@@ -171,5 +174,5 @@ def launch_decode(
     _merge_kernel[(num_seqs, num_heads, head_dim // block_d)](
         kv_len, part, top, total, out, slots,
         HEADS=num_heads, D=head_dim, BLOCK_D=block_d, WINDOW=window or 0,
-        SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4, enable_fp_fusion=True, **chained(q),
+        SCALE=scale, SPLIT=SPLIT, MAX_SLOTS=MAX_SLOTS, num_warps=4, enable_fp_fusion=True, **chained(q),
     )  # fmt: skip

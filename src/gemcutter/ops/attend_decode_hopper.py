@@ -57,7 +57,7 @@ def _begin_of(slot, tile, slots, first_split, SPLIT: gl.constexpr, BLOCK_N: gl.c
 def _partial_hopper_kernel(
     q_ptr, k_desc, v_desc, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots, tokens,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
-    SPLIT: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SCALE: gl.constexpr, SPLIT: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Program (worker, kv head, sequence): partials worker, worker + workers, ... of the kv head's group."""
     gdc_launch_dependents()
@@ -156,8 +156,8 @@ def _partial_hopper_kernel(
                 key = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(0, mma))
                 scores = gl.where(((key >= first_key) & (key < kv_len))[None, :], scores, float("-inf"))
                 new_top = gl.maximum(top, gl.max(scores, 1))
-                weight = gl.exp2((scores - new_top[:, None]) * LOG2E)
-                fade = gl.exp2((top - new_top) * LOG2E)
+                weight = gl.exp2((scores - new_top[:, None]) * (LOG2E * SCALE))
+                fade = gl.exp2((top - new_top) * (LOG2E * SCALE))
                 total = total * fade + gl.sum(weight, 1)
                 top = new_top
 
@@ -188,7 +188,8 @@ def _partial_hopper_kernel(
 @gluon.jit(do_not_specialize=["slots"])
 def _merge_hopper_kernel(
     kv_len_ptr, part_ptr, top_ptr, total_ptr, out_ptr, slots,
-    HEADS: gl.constexpr, D: gl.constexpr, DIMS: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr,
+    HEADS: gl.constexpr, D: gl.constexpr, DIMS: gl.constexpr, WINDOW: gl.constexpr, SCALE: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, DIMS dims), a warp: the partials' weighted mean, SOME a time in ascending slot."""
     gdc_launch_dependents()
@@ -209,8 +210,8 @@ def _merge_hopper_kernel(
         parts = gl.load(part_ptr + at[:, None] * D + dims[None, :], mask=held[:, None], other=0.0)
         before = highest
         highest = gl.maximum(highest, gl.max(tops, 0))
-        fade = gl.exp2((before - highest) * LOG2E)
-        share = gl.exp2((tops - highest) * LOG2E)
+        fade = gl.exp2((before - highest) * (LOG2E * SCALE))
+        share = gl.exp2((tops - highest) * (LOG2E * SCALE))
         total = total * fade + gl.sum(share * totals, 0)
         acc = acc * fade + gl.sum(parts * share[:, None], 0)
     mean = gl.where(num_slots > 0, acc / total, 0.0)
@@ -229,6 +230,7 @@ def launch_hopper(
     kv_len: torch.Tensor,
     pages: torch.Tensor,
     window: int | None,
+    scale: float,
     out: torch.Tensor,
     partials: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     workers: int,
@@ -243,7 +245,7 @@ def launch_hopper(
     block_n, stages = (64, 2) if head_dim <= 256 else (32, 3)
     stages = stages if workers * num_kv_heads * num_seqs <= SMS else 1
     caches = (boxes(cache, block_n, head_dim) for cache in (k_cache, v_cache))
-    shape = dict(D=head_dim, WINDOW=window or 0, SPLIT=split)
+    shape = dict(D=head_dim, WINDOW=window or 0, SCALE=scale, SPLIT=split)
     options = dict(launch_pdl=True, enable_fp_fusion=False)
     _partial_hopper_kernel[(workers, num_kv_heads, num_seqs)](
         q, *caches, kv_len, pages, *partials, pages.shape[1], slots, len(q),

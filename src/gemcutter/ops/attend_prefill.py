@@ -17,8 +17,8 @@ from gemcutter.ops.online_softmax import FLOOR, fold
 @triton.jit
 def _attend_tiles(
     acc, top, total, q, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
-    D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold keys begin : end, in tiles, into the running softmax (acc, top, total) of a query tile.
 
@@ -45,7 +45,7 @@ def _attend_tiles(
             if WINDOW > 0:
                 seen = seen & (pos[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, PRECISION)
+        acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, SCALE, PRECISION)
     return acc, top, total
 
 
@@ -53,7 +53,7 @@ def _attend_tiles(
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages, page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, kv head, sequence). Row r of a sequence is query head r % GROUP of token r // GROUP."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: start them first
@@ -91,15 +91,15 @@ def _prefill_kernel(
         clear_begin = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         acc, top, total = _attend_tiles(
             acc, top, total, q, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
-            k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_M, BLOCK_N, True, PRECISION,
+            k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     acc, top, total = _attend_tiles(
         acc, top, total, q, pos, clear_begin, clear_end, first_key, last_pos,
-        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_M, BLOCK_N, False, PRECISION,
+        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, False, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend_tiles(
         acc, top, total, q, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
-        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, BLOCK_M, BLOCK_N, True, PRECISION,
+        k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, result, mask=(row < query_len * GROUP)[:, None])
@@ -129,6 +129,7 @@ def launch_prefill(
     first_seq: int,
     max_query_len: int,
     window: int | None,
+    scale: float,
     out: torch.Tensor,
 ) -> None:
     """Attention of sequences first_seq onwards into their rows of `out`; arguments as in `attend`."""
@@ -140,14 +141,14 @@ def launch_prefill(
     assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
     assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
     if loads_pages(k_cache, v_cache):
-        prefill(q, k_cache, v_cache, query_start, kv_len, pages, first_seq, max_query_len, window, out)
+        prefill(q, k_cache, v_cache, query_start, kv_len, pages, first_seq, max_query_len, window, scale, out)
         return
     tile = prefill_tile(q.dtype, head_dim)
     grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, num_seqs)
     _prefill_kernel[grid](
         q, k_cache, v_cache, out, query_start, kv_len, pages, first_seq, pages.shape[1], k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        SCALE=scale, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,
         enable_fp_fusion=True,  # said outright: the default is an environment variable's
     )  # fmt: skip

@@ -73,12 +73,15 @@ def _finish_values(acc, n, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fold(scores, top, total, start, pos, first_pos, last_pos, WINDOW: gl.constexpr, LAYOUT: gl.constexpr):
+def _fold(
+    scores, top, total, start, positions, WINDOW: gl.constexpr, SCALE: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
     """Weights of a tile's keys, the new maximum and sum, and the factor of what was summed before.
 
     The maximum is held in powers of two and rounded once, so that one number is taken off a key's score and off the
     maximum before. Where a tile has nothing for a row, the factor is 1 and all weights are 0, exactly.
     """
+    pos, first_pos, last_pos = positions
     cut = start + KEYS - 1 > first_pos
     if WINDOW > 0:
         cut = cut | (start < last_pos - WINDOW + 1)
@@ -88,9 +91,9 @@ def _fold(scores, top, total, start, pos, first_pos, last_pos, WINDOW: gl.conste
         if WINDOW > 0:
             seen = seen & (pos[:, None] - key[None, :] < WINDOW)
         scores = gl.where(seen, scores, float("-inf"))
-    new_top = gl.maximum(top, gl.max(scores, 1) * LOG2E)
+    new_top = gl.maximum(top, gl.max(scores, 1) * (LOG2E * SCALE))
     below = gl.zeros_like(scores) - new_top[:, None]
-    weight = gl.exp2(gl.fma(scores, gl.full_like(scores, LOG2E), below))
+    weight = gl.exp2(gl.fma(scores, gl.full_like(scores, LOG2E * SCALE), below))
     fade = gl.exp2(top - new_top)
     return weight, new_top, total * fade + gl.sum(weight, 1), fade
 
@@ -98,7 +101,7 @@ def _fold(scores, top, total, start, pos, first_pos, last_pos, WINDOW: gl.conste
 @gluon.jit
 def _attend(
     first, near_q, q, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head, first_col, tiles,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr, SCALE: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's 64 rows over all tiles, row `first` and on.
@@ -145,6 +148,7 @@ def _attend(
     pos = held + gl.minimum(pos // GROUP, query_len - 1)
     first_pos = held + gl.minimum(first // GROUP, query_len - 1)
     last_pos = held + gl.minimum((first + ROWS - 1) // GROUP, query_len - 1)
+    positions = (pos, first_pos, last_pos)
     top = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, of_scores))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, of_scores))
     acc = gl.zeros([ROWS, COLS], gl.float32, of_acc)
@@ -152,14 +156,14 @@ def _attend(
     if V_STAGES > 1:
         scores = _start_scores(0, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
         scores = _finish_scores(scores, 0, k_empty, PARTS, K_STAGES, 0)
-        weight, top, total, fade = _fold(scores, top, total, key, pos, first_pos, last_pos, WINDOW, of_scores)
+        weight, top, total, fade = _fold(scores, top, total, key, positions, WINDOW, SCALE, of_scores)
         weight = gl.convert_layout(weight.to(dtype), of_weight)
         for tile in range(1, num_tiles):
             key += KEYS
             scores = _start_scores(tile * PARTS, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
             acc = _start_values(acc, weight, tile - 1, v, v_ready, V_STAGES)
             scores = _finish_scores(scores, tile * PARTS, k_empty, PARTS, K_STAGES, 1)
-            weight, top, total, fade = _fold(scores, top, total, key, pos, first_pos, last_pos, WINDOW, of_scores)
+            weight, top, total, fade = _fold(scores, top, total, key, positions, WINDOW, SCALE, of_scores)
             acc = _finish_values(acc, tile - 1, v_empty, V_STAGES)
             acc *= gl.convert_layout(fade, gl.SliceLayout(1, of_acc))[:, None]
             weight = gl.convert_layout(weight.to(dtype), of_weight)
@@ -169,7 +173,7 @@ def _attend(
         for tile in range(num_tiles):
             scores = _start_scores(tile * PARTS, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
             scores = _finish_scores(scores, tile * PARTS, k_empty, PARTS, K_STAGES, 0)
-            weight, top, total, fade = _fold(scores, top, total, key, pos, first_pos, last_pos, WINDOW, of_scores)
+            weight, top, total, fade = _fold(scores, top, total, key, positions, WINDOW, SCALE, of_scores)
             acc *= gl.convert_layout(fade, gl.SliceLayout(1, of_acc))[:, None]
             weight = gl.convert_layout(weight.to(dtype), of_weight)
             acc = _start_values(acc, weight, tile, v, v_ready, V_STAGES)
@@ -189,7 +193,7 @@ def _attend(
 def _prefill_hopper_kernel(
     q_ptr, k_desc, v_desc, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages, query_tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    SCALE: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Row r of a sequence is query head r % GROUP of token r // GROUP."""
     PARTS: gl.constexpr = D // COLS
@@ -241,11 +245,11 @@ def _prefill_hopper_kernel(
             [
                 (_attend, (
                     first_row, near_low, q_low, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head,
-                    first_col, tiles, KV_HEADS, GROUP, D, WINDOW, K_STAGES, V_STAGES,
+                    first_col, tiles, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
                 (_attend, (
                     first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
-                    kv_head, first_col, tiles, KV_HEADS, GROUP, D, WINDOW, K_STAGES, V_STAGES,
+                    kv_head, first_col, tiles, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
                 (load_pages, (
                     0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
@@ -275,6 +279,7 @@ def prefill(
     first_seq: int,
     max_query_len: int,
     window: int | None,
+    scale: float,
     out: torch.Tensor,
 ) -> None:
     """Arguments as in `launch_prefill`, of sequences that are there."""
@@ -286,7 +291,7 @@ def prefill(
         q, *(boxes(cache, KEYS.value, BOX.value) for cache in (k_cache, v_cache)), out, query_start, kv_len, pages,
         first_seq, pages.shape[1], query_tiles,
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
-        K_STAGES=2 if head_dim == 256 else 3, V_STAGES=512 // head_dim,  # with Q 192 and 224 KiB
+        SCALE=scale, K_STAGES=2 if head_dim == 256 else 3, V_STAGES=512 // head_dim,  # with Q 192 and 224 KiB
         num_warps=4,
         enable_fp_fusion=False,  # copies of the loop's body must not be contracted apart
     )  # fmt: skip

@@ -11,16 +11,17 @@ FLOOR = tl.constexpr(-1e30)  # the maximum of no scores: below each, and x - x i
 
 
 @triton.jit
-def fold(acc, top, total, scores, v_ptrs, PRECISION: tl.constexpr):
+def fold(acc, top, total, scores, v_ptrs, SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """(acc [M, D], top [M], total [M]), all float32, after N more keys: scores [M, N], -inf where hidden.
 
+    SCALE, of the scores, comes with the exponentials: top is one of scores as they are.
     v_ptrs [N, D] is loaded here, behind the exponentials; every value must be finite.
     """
     new_top = tl.maximum(top, tl.max(scores, 1))
     # Subtracted first, exactly: s * LOG2E - m * LOG2E would fuse into an FMA in one copy of a loop and not in
     # another, and a key's weight would depend on the run of tiles it falls into.
-    weight = tl.exp2((scores - new_top[:, None]) * LOG2E)
-    fade = tl.exp2((top - new_top) * LOG2E)
+    weight = tl.exp2((scores - new_top[:, None]) * (LOG2E * SCALE))
+    fade = tl.exp2((top - new_top) * (LOG2E * SCALE))
     total = total * fade + tl.sum(weight, 1)
     v = tl.load(v_ptrs)
     acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)

@@ -142,10 +142,10 @@ def _attend(
     pages = torch.zeros(2, 4, dtype=torch.int32)
     start, kv_len = torch.tensor([0, 1, 33], dtype=torch.int32), torch.tensor([40, 40], dtype=torch.int32)
     if by_tma:
-        prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, q)
+        prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, 1.0, q)
         return
-    launch_decode(q, cache, cache, kv_len, pages, 1, window, q)
-    launch_prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, q)
+    launch_decode(q, cache, cache, kv_len, pages, 1, window, 1.0, q)
+    launch_prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, 1.0, q)
 
 
 def _attend_decode(heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
@@ -156,7 +156,7 @@ def _attend_decode(heads: int, kv_heads: int, head_dim: int, window: int | None)
         )
         pages, kv_len = torch.zeros(seqs, 4, dtype=torch.int32), torch.full((seqs,), 40, dtype=torch.int32)
         part, top = torch.empty(seqs, heads, 9, head_dim), torch.empty(seqs, heads, 9)
-        launch_hopper(q, cache, cache, kv_len, pages, window, q, (part, top, top), 3, SPLIT, ROWS)
+        launch_hopper(q, cache, cache, kv_len, pages, window, 1.0, q, (part, top, top), 3, SPLIT, ROWS)
 
 
 def compile_op(op: str, target: str) -> dict[str, list[CompiledKernel]]:
