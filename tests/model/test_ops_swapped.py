@@ -154,7 +154,7 @@ def test_gpu_launches_of_a_layer(name, tmp_path):
     for layer, w in zip(spec.layers, weights.layers, strict=True):
 
         def ops(layer=layer, w=w):
-            case.model.decoder_layer(layer, w, weights.norm, hidden, hidden, own, batch, pool)
+            case.model.decoder_layer(layer, w, weights.norm, weights.head, hidden, hidden, own, batch, pool)
 
         def eager(layer=layer, w=w):
             plain.decoder_layer(spec, layer, w, hidden, own, shared)

@@ -71,7 +71,9 @@ def test_layers_stay_close_to_plain(name, tmp_path, monkeypatch):
             batch = step_batch(ids[start:stop], [(start, stop)], tables)
             hidden = stream[layer.index][start:stop]
             normed = rms_norm(hidden, w.input_norm, spec.eps)
-            parts.append(model.decoder_layer(layer, w, weights.norm, hidden, normed, own, batch, pool)[0])
+            parts.append(
+                model.decoder_layer(layer, w, weights.norm, weights.head, hidden, normed, own, batch, pool)[0]
+            )
         ours, theirs = torch.cat(parts).float(), stream[layer.index + 1].float()
         if routed:
             same = same_experts(routed, routed_plainly[layer.index : layer.index + 1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
-from gemcutter.model.weights import LayerWeights, Weights
+from gemcutter.model.weights import LayerWeights, Linear, Weights
 from gemcutter.ops.attend import attend
 from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
@@ -21,6 +21,7 @@ from gemcutter.ops.linear import linear
 from gemcutter.ops.logits import logits
 from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
+from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rope import rope_table
 from gemcutter.ops.select_experts import select_experts
@@ -44,10 +45,11 @@ class Gemma4:
         per_layer = self._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
         normed = rms_norm(hidden, w.layers[0].input_norm, spec.eps)
         next_norms = [*(following.input_norm for following in w.layers[1:]), w.norm]
-        for layer, layer_weights, next_norm in zip(spec.layers, w.layers, next_norms, strict=True):
+        next_readers = [*(following.qkv for following in w.layers[1:]), w.head]
+        for layer, layer_weights, *following in zip(spec.layers, w.layers, next_norms, next_readers, strict=True):
             own_input = per_layer[:, layer.index] if per_layer is not None else None
             hidden, normed = self.decoder_layer(
-                layer, layer_weights, next_norm, hidden, normed, own_input, batch, pool
+                layer, layer_weights, *following, hidden, normed, own_input, batch, pool
             )
         return logits(normed[batch.logit_rows], w.head, spec.softcap)
 
@@ -56,13 +58,14 @@ class Gemma4:
         layer: LayerSpec,
         w: LayerWeights,
         next_norm: Tensor,
+        next_reader: Linear,
         hidden: Tensor,
-        normed: Tensor,
+        normed: Tensor | Quantized,
         own_input: Tensor | None,
         batch: StepBatch,
         pool: KVPool,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual [T, H] after this layer, and the same under next_norm, which the next layer reads.
+    ) -> tuple[Tensor, Tensor | Quantized]:
+        """The residual [T, H] after this layer, and the same under next_norm, for the product with next_reader.
 
         normed: [T, H], the residual before it, under this layer's input norm; own_input: [T, P], this layer's
         slice of the per-layer embeddings.
@@ -72,11 +75,12 @@ class Gemma4:
         attended = self._attention(layer, w, normed, batch, pool)
         e, routed = w.experts, None
         norms = (None, None) if e is None else (e.pre_norm, e.router_scale)
+        readers = w.gate_up, None if e is None else e.gate_up
         hidden, mlp_in, expert_in, router_in = attention_seam(
-            attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms
+            attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms, *readers
         )
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
-        activated, router_logits = gate_up(mlp_in, w.gate_up, router_in, None if e is None else e.router)
+        activated, router_logits = gate_up(mlp_in, w.gate_up, router_in, None if e is None else e.router, w.down)
         if e is not None:
             # Ahead of the MLP's last product, which releases behind its join and so settles the choice
             # (ops/chain.py): the experts run beside it.
@@ -86,14 +90,17 @@ class Gemma4:
             slots = experts(expert_in, ids, e.gate_up, e.down, settled=True)
             routed = Routed(slots, e.dense_post_norm, e.post_norm, ids, weights)
         if w.per_layer_input is None:
-            return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed)
+            return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed, next_reader)
         # 3. Per-layer input
         hidden, _ = layer_seam(out, hidden, w.post_feedforward_norm, eps, routed=routed)
         gated = gelu_mul(linear(hidden, w.per_layer_input.gate), own_input)
         injected = linear(gated, w.per_layer_input.projection)
-        return layer_seam(injected, hidden, w.per_layer_input.post_norm, eps, w.scalar, next_norm)
+        post_norm = w.per_layer_input.post_norm
+        return layer_seam(injected, hidden, post_norm, eps, w.scalar, next_norm, reader=next_reader)
 
-    def _attention(self, layer: LayerSpec, w: LayerWeights, x: Tensor, batch: StepBatch, pool: KVPool) -> Tensor:
+    def _attention(
+        self, layer: LayerSpec, w: LayerWeights, x: Tensor | Quantized, batch: StepBatch, pool: KVPool
+    ) -> Tensor:
         """Project, norm and rotate q, write K/V of the new tokens to their slots, attend over the pages."""
         where = batch.kinds[layer.kind]
         k_cache, v_cache = pool.k(layer.index), pool.v(layer.index)

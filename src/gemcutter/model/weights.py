@@ -1,12 +1,16 @@
 """Weights: the tensors of a Gemma 4 model as the forward pass wants them, merged where one GEMM serves several.
 
 H hidden, D head_dim, I MLP width, E experts, N expert width, P per-layer embedding width, L layers, V vocab.
-A linear's weight is [out, in], as in HF.
+A linear's weight is [out, in], as in HF, of the model's dtype or in FP8; layers and their parts may differ in that.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from gemcutter.ops.quantize_fp8 import Quantized
+
+Linear = torch.Tensor | Quantized  # in FP8 scales are [out, 1], of experts [E, out, 1]
 
 
 @dataclass
@@ -16,8 +20,8 @@ class ExpertWeights:
     router: torch.Tensor  # [E, H]
     router_scale: torch.Tensor  # [H]
     per_expert_scale: torch.Tensor  # [E]
-    gate_up: torch.Tensor  # [E, 2N, H]: gate rows, then up rows
-    down: torch.Tensor  # [E, H, N]
+    gate_up: Linear  # [E, 2N, H]: gate rows, then up rows
+    down: Linear  # [E, H, N]
     pre_norm: torch.Tensor  # [H] pre_feedforward_layernorm_2
     post_norm: torch.Tensor  # [H] post_feedforward_layernorm_2
     dense_post_norm: torch.Tensor  # [H] post_feedforward_layernorm_1
@@ -27,8 +31,8 @@ class ExpertWeights:
 class PerLayerInputWeights:
     """Injection of the per-layer embedding (E2B, E4B)."""
 
-    gate: torch.Tensor  # [P, H]
-    projection: torch.Tensor  # [H, P]
+    gate: Linear  # [P, H]
+    projection: Linear  # [H, P]
     post_norm: torch.Tensor  # [H]
 
 
@@ -40,12 +44,12 @@ class LayerWeights:
     post_attention_norm: torch.Tensor  # [H]
     pre_feedforward_norm: torch.Tensor  # [H]
     post_feedforward_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [LayerSpec.qkv_width, H]: q | k | v, as far as the layer has them
+    qkv: Linear  # [LayerSpec.qkv_width, H]: q | k | v, as far as the layer has them
     q_norm: torch.Tensor  # [D]
     k_norm: torch.Tensor | None  # [D]; None where K/V are another layer's
-    o: torch.Tensor  # [H, heads * D]
-    gate_up: torch.Tensor  # [2I, H]: gate rows, then up rows
-    down: torch.Tensor  # [H, I]
+    o: Linear  # [H, heads * D]
+    gate_up: Linear  # [2I, H]: gate rows, then up rows
+    down: Linear  # [H, I]
     scalar: torch.Tensor  # [1]
     experts: ExpertWeights | None
     per_layer_input: PerLayerInputWeights | None
@@ -56,7 +60,7 @@ class PerLayerEmbeddingWeights:
     """The table of per-layer embeddings and the projection of the token embedding onto all layers."""
 
     embed: torch.Tensor  # [ple vocab, L * P]
-    projection: torch.Tensor  # [L * P, H]
+    projection: Linear  # [L * P, H]
     projection_norm: torch.Tensor  # [P]
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
+from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, read_as_pair
 from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.ops.row import added, late, load_row, norm_factor, normed, seam_tile, store_row
 
@@ -29,22 +30,31 @@ def attention_seam(
     eps: float,
     expert_pre: torch.Tensor | None = None,
     router_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    reader: torch.Tensor | Quantized | None = None,
+    expert_reader: torch.Tensor | Quantized | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | Quantized, torch.Tensor | Quantized | None, torch.Tensor | None]:
     """One launch on a GPU.
 
     Args:
         attended: [T, H] of float32, bfloat16 or float16, out of o_proj; dense rows, row stride free. T may be 0.
         residual: [T, H], likewise.
         post, pre, expert_pre, router_scale: [H]; the last two together or not at all.
+        reader, expert_reader: weights of the products that take mlp_in and expert_in.
 
     Returns:
-        hidden, mlp_in, expert_in, router_in: [T, H] each; the last two None without experts.
+        hidden, mlp_in, expert_in, router_in: [T, H] each; the last two None without experts. Where bfloat16 goes to
+        a reader in FP8, mlp_in and expert_in are `quantize_fp8` of that.
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
     hidden, mlp_in, *more = _attention_seam(attended, residual, post, pre, eps, expert_pre, router_scale)
-    return hidden, mlp_in, *(more or (None, None))
+    expert_in, router_in = more or (None, None)
+    if read_as_pair(reader, hidden.dtype):
+        mlp_in = quantize_fp8(mlp_in)
+    if more and read_as_pair(expert_reader, hidden.dtype):
+        expert_in = quantize_fp8(expert_in)
+    return hidden, mlp_in, expert_in, router_in
 
 
 def check_attention_seam(attended, residual, post, pre, eps, expert_pre, router_scale) -> None:

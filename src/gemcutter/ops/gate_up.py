@@ -10,31 +10,41 @@ import torch
 
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.gate_up_hopper import stream_gate_up, streams_gate_up
-from gemcutter.ops.geglu import geglu_launch, geglu_reference
+from gemcutter.ops.geglu import geglu, geglu_launch, geglu_reference
+from gemcutter.ops.geglu_fp8 import geglu_fp8
 from gemcutter.ops.library import define
-from gemcutter.ops.linear import check_linear, linear_launch, linear_reference
+from gemcutter.ops.linear import check_linear, linear, linear_launch, linear_reference
+from gemcutter.ops.quantize_fp8 import Quantized, read_as_pair
 
 
 def gate_up(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: torch.Tensor | Quantized,
+    weight: torch.Tensor | Quantized,
     router_x: torch.Tensor | None = None,
     router: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    reader: torch.Tensor | Quantized | None = None,
+) -> tuple[torch.Tensor | Quantized, torch.Tensor | None]:
     """Activate the MLP, and score the experts that stand beside it.
 
     Args:
-        x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0.
-        weight: [2I, K] of x's dtype, dense, gate's rows then up's.
-        router_x: [T, K], like x; None without experts.
+        x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0. Or its `quantize_fp8`,
+            as for `linear`.
+        weight: [2I, K] of x's dtype, dense, gate's rows then up's; or in FP8.
+        router_x: [T, K], of x's dtype, dense rows; None without experts.
         router: [E, K] of x's dtype, dense; given if router_x is.
+        reader: the weight of the linear that takes the result: in FP8, it may be quantised here.
 
     Returns:
-        [T, I] of x's dtype, and the logits [T, E] or None; both contiguous, a row's bits a function of that row.
+        [T, I] of x's dtype, or its `quantize_fp8`; and the logits [T, E] or None. All contiguous, a row's bits a
+        function of that row.
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
+    if isinstance(weight, Quantized) or isinstance(reader, Quantized):
+        hidden = linear(x, weight)
+        activated = geglu_fp8(hidden) if read_as_pair(reader, hidden.dtype) else geglu(hidden)
+        return activated, None if router is None else linear(router_x, router)
     out = _gate_up(x, weight, router_x, router)
     return out[0], out[1] if router is not None else None
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
+from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, read_as_pair
 from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.ops.row import added, late, load_row, norm_factor, norm_factors, normed, seam_tile, store_row
 from gemcutter.ops.slot_sum import check_slots, slot_sum, slot_sum_reference
@@ -46,7 +47,8 @@ def layer_seam(
     scalar: torch.Tensor | None = None,
     next_norm: torch.Tensor | None = None,
     routed: Routed | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    reader: torch.Tensor | Quantized | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | Quantized | None]:
     """One launch on a GPU.
 
     Args:
@@ -54,14 +56,18 @@ def layer_seam(
         residual: [T, H], likewise.
         post: [H].
         scalar: [1] and next_norm: [H], together or not at all.
+        reader: the weight of the product that takes next_in.
 
     Returns:
-        hidden, next_in: [T, H] each; next_in None without next_norm.
+        hidden, next_in: [T, H] each; next_in None without next_norm, and its `quantize_fp8` where bfloat16 goes to
+        a reader in FP8.
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
     hidden, *next_in = _layer_seam(out, residual, post, eps, scalar, next_norm, *(routed or (None,) * 5))
+    if next_in and read_as_pair(reader, hidden.dtype):
+        return hidden, quantize_fp8(next_in[0])
     return hidden, next_in[0] if next_in else None
 
 

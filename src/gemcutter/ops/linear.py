@@ -5,8 +5,7 @@ accumulator from beginning to end; nothing splits it. Hopper's tensor cores then
 tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a kernel of ours that streams the
 weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
 
-On a CPU the libraries choose kernel and order of summation by the number of rows (seen: float32 below 16 rows, bf16
-up to 200 at some widths). The reference therefore multiplies 16 rows at a time, always 16, filled up with zeros.
+On a CPU the reference multiplies 16 rows at a time (`row_blocks.py`). Weights in FP8 are `linear_fp8.py`'s.
 """
 
 import torch
@@ -17,26 +16,33 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
+from gemcutter.ops.linear_fp8 import linear_fp8
 from gemcutter.ops.linear_hopper import loads_by_tma, stream
+from gemcutter.ops.quantize_fp8 import Quantized
+from gemcutter.ops.row_blocks import linear_in_blocks
 
-REFERENCE_ROWS = 16  # of one product on a CPU; a tile of AMX, where 16 rows of bf16 cost what one does
 MOST_STREAMED = 64  # rows; beyond, the weights are read once for several tiles and cuBLASLt is as fast or faster
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor | Quantized, weight: torch.Tensor | Quantized) -> torch.Tensor:
     """Multiply each row by the transposed weight.
 
     Args:
-        x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0.
-        weight: [N, K] of x's dtype, dense.
+        x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0. For a weight in FP8 also
+            its `quantize_fp8`, which gives the same bits.
+        weight: [N, K] of x's dtype, dense; or in FP8, q [N, K] and scale [N, 1], one for each output channel.
 
     Returns:
-        [T, N] of x's dtype, a row's bits a function of that row alone. On a CPU also of the number of threads, by
-        which wide products are cut (seen in float32 from K = 1000 on).
+        [T, N] of x's dtype, bfloat16 of a pair's; a row's bits a function of that row alone. On a CPU also of the
+        number of threads, by which wide products are cut (seen in float32 from K = 1000 on).
 
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
+    if isinstance(weight, Quantized):
+        return linear_fp8(x, weight)
+    if isinstance(x, Quantized):
+        raise TypeError(f"x is quantised, weight is {weight.dtype}: give x as it was, or a quantised weight")
     return _linear(x, weight)
 
 
@@ -51,7 +57,7 @@ def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda:
-        return _linear_in_blocks(x, weight)
+        return linear_in_blocks(x, weight)
     if x.dtype == torch.float32:
         return F.linear(x, weight)
     before = torch.backends.cuda.preferred_blas_library()
@@ -65,15 +71,6 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     finally:
         setattr(half, name, allowed)
         torch.backends.cuda.preferred_blas_library(before)
-
-
-def _linear_in_blocks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Products of one shape and one alignment, so that the library has nothing to choose by."""
-    rows = len(x)
-    padded = x.new_zeros(-(-rows // REFERENCE_ROWS) * REFERENCE_ROWS, x.shape[1])
-    padded[:rows] = x
-    out = [F.linear(block, weight) for block in padded.split(REFERENCE_ROWS)]
-    return out[0][:rows] if len(out) == 1 else torch.cat(out)[:rows]
 
 
 @triton.jit(do_not_specialize=["tokens"])

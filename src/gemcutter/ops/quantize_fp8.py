@@ -32,12 +32,21 @@ class Quantized(NamedTuple):
     x's dtype, with tokens or without, takes `dequantize`, never the pair itself.
     """
 
-    q: torch.Tensor  # [T, H] float8_e4m3fn, contiguous
+    q: torch.Tensor  # [T, H] float8_e4m3fn, contiguous; weights of experts have a dim for the expert ahead of these
     scale: torch.Tensor  # [T, 1] float32, contiguous
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """[T, H] of dtype: the product in float, rounded once."""
         return (self.q.float() * self.scale).to(dtype)
+
+
+def read_as_pair(reader: torch.Tensor | Quantized | None, dtype: torch.dtype) -> bool:
+    """Whether the op that makes rows of this dtype quantises them for the linear with this weight.
+
+    A pair tells no dtype, and products of pairs are bfloat16. Other rows are handed on as they are, and quantised
+    by their reader, which has the same bits.
+    """
+    return isinstance(reader, Quantized) and dtype == torch.bfloat16
 
 
 def quantize_fp8(x: torch.Tensor) -> Quantized:
