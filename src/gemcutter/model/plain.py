@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemcutter.model.weights import ExpertWeights, LayerWeights, PerLayerInputWeights, Weights
+from gemcutter.model.weights import ExpertWeights, LayerWeights, Linear, PerLayerInputWeights, Weights
+from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8_reference
 from gemcutter.spec import ExpertSpec, LayerSpec, ModelSpec
 
 
@@ -51,7 +52,7 @@ def per_layer_inputs(spec: ModelSpec, weights: Weights, token_ids: Tensor, hidde
     """Per-layer embeddings [T, L, P]: one part says which token it is, one is projected from its embedding."""
     w, shape = weights.per_layer, (len(token_ids), len(spec.layers), spec.ple_width)
     identity = embed(w.embed, token_ids, spec.ple_width).reshape(shape)
-    context = F.linear(hidden, w.projection) * spec.hidden**-0.5
+    context = linear(hidden, w.projection) * spec.hidden**-0.5
     context = rms_norm(context.reshape(shape), w.projection_norm, spec.eps)
     return (context + identity) * 2.0**-0.5
 
@@ -91,13 +92,21 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return wide.to(x.dtype)
 
 
+def linear(x: Tensor, weight: Linear) -> Tensor:
+    """x @ weight.T. A weight in FP8 takes x in FP8, each row with a scale of its own, and sums in float."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    q, scale = quantize_fp8_reference(x)
+    return (F.linear(q.float(), weight.q.float()) * scale * weight.scale.T).to(x.dtype)
+
+
 def attention(
     spec: ModelSpec, layer: LayerSpec, w: LayerWeights, x: Tensor, shared: dict[int, tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Causal attention over the whole sequence; the score scale is 1, the norms of q and k stand in for it."""
     tokens = len(x)
     cos, sin = rope(layer, tokens, x)
-    heads = F.linear(x, w.qkv).view(tokens, -1, layer.head_dim)
+    heads = linear(x, w.qkv).view(tokens, -1, layer.head_dim)
     q, kv = heads[:, : layer.num_heads], heads[:, layer.num_heads :]
     q = rotate(rms_norm(q, w.q_norm, spec.eps), cos, sin)
     if layer.owns_kv:
@@ -110,7 +119,7 @@ def attention(
     scores = scores.masked_fill(~visible(layer, tokens, x.device), float("-inf"))
     probabilities = torch.softmax(scores, -1, dtype=torch.float32).to(x.dtype)
     out = torch.matmul(probabilities, v).transpose(0, 1).reshape(tokens, layer.q_width)
-    return F.linear(out, w.o)
+    return linear(out, w.o)
 
 
 def visible(layer: LayerSpec, tokens: int, device: torch.device) -> Tensor:
@@ -135,10 +144,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-high, low], -1) * sin
 
 
-def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def mlp(x: Tensor, gate_up: Linear, down: Linear) -> Tensor:
     """down(gelu_tanh(gate x) * up x)."""
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
-    return F.linear(F.gelu(gate, approximate="tanh") * up, down)
+    gate, up = linear(x, gate_up).chunk(2, -1)
+    return linear(F.gelu(gate, approximate="tanh") * up, down)
 
 
 def router(spec: ModelSpec, experts: ExpertSpec, w: ExpertWeights, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,12 +163,17 @@ def experts(x: Tensor, ids: Tensor, top: Tensor, w: ExpertWeights) -> Tensor:
     out = torch.zeros_like(x)
     for expert in ids.unique().tolist():  # unique sorts
         token, slot = torch.where(ids == expert)
-        y = mlp(x[token], w.gate_up[expert], w.down[expert])
+        y = mlp(x[token], weight_of(w.gate_up, expert), weight_of(w.down, expert))
         out.index_add_(0, token, (y.float() * top[token, slot, None]).to(x.dtype))
     return out
 
 
+def weight_of(weights: Linear, expert: int) -> Linear:
+    """One expert's."""
+    return weights[expert] if isinstance(weights, Tensor) else Quantized(weights.q[expert], weights.scale[expert])
+
+
 def inject(spec: ModelSpec, w: PerLayerInputWeights, hidden: Tensor, own_input: Tensor) -> Tensor:
     """What a layer's own embedding adds to the residual, gated by the residual."""
-    gate = F.gelu(F.linear(hidden, w.gate), approximate="tanh")
-    return rms_norm(F.linear(gate * own_input, w.projection), w.post_norm, spec.eps)
+    gate = F.gelu(linear(hidden, w.gate), approximate="tanh")
+    return rms_norm(linear(gate * own_input, w.projection), w.post_norm, spec.eps)

@@ -1,0 +1,72 @@
+"""A model with weights in FP8: against plain.py, and the same bits wherever its rows are quantised."""
+
+import sys
+
+import pytest
+import tiny_models
+import torch
+from forward import PAGE, step_batch
+from fp8_weights import LINEARS, quantized
+
+from gemcutter.cache.layout import CacheLayout
+from gemcutter.cache.pool import KVPool
+from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.load import load
+from gemcutter.model import plain
+from gemcutter.model.gemma4 import Gemma4
+
+
+@pytest.fixture(scope="module", params=list(tiny_models.KINDS))
+def kind(request, tmp_path_factory):
+    """(spec, weights in a dtype) of one kind."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_models.make(request.param).save_pretrained(folder)
+    spec = read_spec(folder)
+    return spec, lambda dtype: load(spec, folder, torch.device("cpu"), dtype, "auto", 0)
+
+
+def logits(spec, weights, ids: torch.Tensor) -> torch.Tensor:
+    """Of a prompt in one step, all its rows."""
+    layout = CacheLayout.of(spec, PAGE, weights.embed.dtype.itemsize)
+    pages = layout.num_pages(len(ids))
+    pool = KVPool(spec, layout, dict.fromkeys(layout.kinds, pages + 1), weights.embed.dtype, torch.device("cpu"))
+    tables = {kind: 1 + torch.arange(pages, dtype=torch.int32)[None].numpy() for kind in layout.kinds}
+    batch = step_batch(ids, [(0, len(ids))], tables)
+    batch.logit_rows = torch.arange(len(ids))
+    return Gemma4(spec, weights, 512).forward(batch, pool)
+
+
+def ids_of(spec, length: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(3, spec.vocab, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def test_is_plain_in_float32(kind):
+    """Both quantise the same rows, but for the last bits of the norms: now and then one turns an e4m3 value.
+
+    So most of many short prompts must agree, where FP8 itself makes a difference in all. Experts stay float32.
+    """
+    spec, weights = kind[0], kind[1](torch.float32)
+    in_fp8 = quantized(weights, experts=False)
+    agreeing = 0
+    for seed in range(20):
+        ids = ids_of(spec, 3, seed)
+        theirs = plain.forward(spec, in_fp8, ids)
+        assert (theirs - plain.forward(spec, weights, ids)).abs().max() > 0.1
+        agreeing += bool((logits(spec, in_fp8, ids) - theirs).abs().max() < 1e-4)
+    assert agreeing >= 15
+
+
+@pytest.mark.parametrize("linears", [LINEARS, ("qkv", "gate_up"), ("o", "down"), ("down",)], ids="-".join)
+@pytest.mark.parametrize("layers", [None, (1, 2)], ids=["all", "some layers"])
+@torch.inference_mode()
+def test_same_bits_wherever_rows_are_quantised(kind, linears, layers, monkeypatch):
+    """By the op that makes them, or by their reader; with parts and layers of the model in bfloat16."""
+    spec, weights, ids = kind[0], kind[1](torch.bfloat16), ids_of(kind[0], 40)
+    in_fp8 = quantized(weights, linears=linears, experts=linears == LINEARS, layers=layers)
+    fused = logits(spec, in_fp8, ids)
+    for op in ("attention_seam", "layer_seam", "gate_up"):
+        # By name among modules: in the package's namespace the function of that name hides its module.
+        monkeypatch.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
+    assert torch.equal(logits(spec, in_fp8, ids), fused)
+    assert not torch.equal(logits(spec, weights, ids), fused)
