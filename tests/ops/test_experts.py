@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
+from gemcutter.ops.activation import Activation
 from gemcutter.ops.experts import expert_slots, experts, experts_reference
 from gemcutter.ops.experts_stream_hopper import stream_experts, streams
 from gemcutter.ops.experts_table import Plan
@@ -33,13 +36,14 @@ def case(tokens, num_experts, top_k, hidden, width, dtype, device="cpu", seed=0,
     return x, ids, gate_up, down
 
 
-def exact(x, ids, gate_up, down):
+def exact(x, ids, gate_up, down, settled=False, activation=Activation.GELU_TANH):
     """[T, k, H] of float64 without rounding, on the CPU's or GPU's float64 units."""
     out = torch.full((*ids.shape, x.shape[1]), float("nan"), dtype=torch.float64, device=x.device)
     for expert in ids.unique().tolist():
         token, slot = torch.where(ids == expert)
         gate, up = (x[token].double() @ gate_up[expert].double().T).chunk(2, -1)
-        out[token, slot] = (torch.nn.functional.gelu(gate, approximate="tanh") * up) @ down[expert].double().T
+        gate = F.silu(gate) if activation == Activation.SILU else F.gelu(gate, approximate="tanh")
+        out[token, slot] = (gate * up) @ down[expert].double().T
     return out
 
 
@@ -47,32 +51,36 @@ def error(got, want):
     return ((got.double() - want).norm() / want.norm()).item()
 
 
+@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "tokens,num_experts,top_k", [(0, 8, 2), (1, 8, 4), (23, 16, 4), (40, 4, 4), (9, 128, 8)], ids=str
 )
-def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype, monkeypatch):
+def test_experts_are_hf_eager(tokens, num_experts, top_k, dtype, activation, monkeypatch):
     """HF's own bits, once its products are made of 16 rows at a time as ours are, and ours are added up."""
     x, ids, gate_up, down = case(tokens, num_experts, top_k, 64, 44, dtype)
     weights = torch.rand(tokens, top_k) * 1.5 + 0.01
-    config = Gemma4TextConfig(
-        hidden_size=64,
-        num_experts=num_experts,
-        top_k_experts=top_k,
-        moe_intermediate_size=44,
-        enable_moe_block=True,
-    )
+    shape = dict(hidden_size=64, moe_intermediate_size=44)
+    if activation == Activation.SILU:
+        config, module = Glm4MoeConfig(**shape, n_routed_experts=num_experts), Glm4MoeExperts
+    else:
+        config, module = (
+            Gemma4TextConfig(**shape, num_experts=num_experts, enable_moe_block=True),
+            hf.Gemma4TextExperts,
+        )
     config._experts_implementation = "eager"
-    module = hf.Gemma4TextExperts(config).to(dtype)
+    module = module(config).to(dtype)
     module.gate_up_proj.data, module.down_proj.data = gate_up, down
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", sixteen_rows_at_a_time(torch.nn.functional.linear))
         want = module(x, ids, weights)
-    slots = experts(x, ids, gate_up, down)
+    slots = experts(x, ids, gate_up, down, activation=activation)
     assert torch.equal(slot_sum_reference(slots, ids, weights), want)
-    assert torch.equal(experts(x, ids.int(), gate_up, down), slots)
+    assert torch.equal(experts(x, ids.int(), gate_up, down, activation=activation), slots)
     if tokens:
-        assert error(slots, exact(x, ids, gate_up, down)) < (1e-6 if dtype == torch.float32 else 0.01)
+        assert error(slots, exact(x, ids, gate_up, down, activation=activation)) < (
+            1e-6 if dtype == torch.float32 else 0.01
+        )
 
 
 def sixteen_rows_at_a_time(linear):
@@ -107,19 +115,21 @@ def test_refusals():
         (dict(gate_up=gate_up[:, 1:].contiguous()), ValueError, r"gate_up \(8, 87, 64\)"),
         (dict(down=down.transpose(1, 2)), ValueError, "are needed"),
         (dict(down=down[0]), ValueError, "are needed"),
+        (dict(activation="relu"), ValueError, "activation is 'relu'"),
     ):
         args = dict(x=x, ids=ids, gate_up=gate_up, down=down) | change
         with pytest.raises(error, match=message):
-            experts(*args.values())
+            experts(**args)
 
 
 def test_opcheck():
     args = case(5, 8, 2, 64, 44, torch.bfloat16)
     for x in (args[0], args[0].repeat(1, 2)[:, :64]):
-        torch.library.opcheck(torch.ops.gemcutter.experts.default, (x, *args[1:], False))
+        torch.library.opcheck(torch.ops.gemcutter.experts.default, (x, *args[1:], False, "silu"))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "tokens,num_experts,top_k,hidden,width",
@@ -132,8 +142,8 @@ def test_opcheck():
     ],
     ids=str,
 )
-def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, width, dtype):
-    args = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda")
+def test_gpu_experts_are_as_exact_as_hf(tokens, num_experts, top_k, hidden, width, dtype, activation):
+    args = *case(tokens, num_experts, top_k, hidden, width, dtype, "cuda"), False, activation
     got = experts(*args)
     assert got.dtype == dtype and got.shape == (tokens, top_k, hidden)
     if tokens:
@@ -167,7 +177,8 @@ def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
     [(128, 8, 2816, 704), (8, 4, 200, 72), (16, 3, 136, 40), (5, 1, 64, 264)],
     ids=str,
 )
-def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hidden, width, dtype):
+@pytest.mark.parametrize("activation", Activation)
+def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hidden, width, dtype, activation):
     for tokens in (1, 2, 7, 8, 9, 16):
         for seed, hot in ((1, None), (2, top_k)):
             x, ids, gate_up, down = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda", seed, hot)
@@ -175,12 +186,12 @@ def test_gpu_streamed_experts_have_the_bits_of_the_sorted(num_experts, top_k, hi
                 ids[-1, -1] = ids[-1, 0]  # an expert that a token names twice
             x[0, 0] = float("inf")  # and the tokens beside it are not to notice
             plan = Plan("tiles", *built_in_tiles(dtype, tokens * top_k / num_experts))
-            want = expert_slots(plan, x, ids, gate_up, down, False)
+            want = expert_slots(plan, x, ids, gate_up, down, False, activation)
             assert streams(x, gate_up, down)
             for kind in (ids, ids.int()):
                 for settled in (False, True):
                     torch.cuda.synchronize()
-                    got = stream_experts(x, kind, gate_up, down, settled)
+                    got = stream_experts(x, kind, gate_up, down, settled, activation)
                     same = (got == want) | (got.isnan() & want.isnan())
                     assert same.all(), f"{tokens} tokens, hot {hot}, {kind.dtype}, settled {settled}"
 

@@ -125,7 +125,7 @@ def test_refusals():
 
 def test_opcheck():
     x, ids, gate_up, down = fp8_case(5, 8, 2, 64, 44)
-    args = (*quantize_fp8(x), ids, *gate_up, *down, False)
+    args = (*quantize_fp8(x), ids, *gate_up, *down, False, "silu")
     checks = [f"test_{name}" for name in ("autograd_registration", "faketensor", "aot_dispatch_dynamic")]
     # Left out is test_schema, which compares arguments in arithmetic that PyTorch has not for e4m3.
     torch.library.opcheck(torch.ops.gemcutter.experts_fp8.default, args, test_utils=checks)

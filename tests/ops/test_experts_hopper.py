@@ -87,13 +87,15 @@ def test_gpu_grouped_products_have_the_bits_of_the_tiles(tokens, num_experts, to
         scores[:, hot:] -= 2
     ids = scores.topk(top_k, -1).indices
     plan = Plan("tiles", *built_in_tiles(dtype, 1))
-    want = expert_slots(plan, wide[:, :hidden].contiguous(), ids, gate_up, down, False)
+    activation = "silu" if hot else "gelu_tanh"
+    want = expert_slots(plan, wide[:, :hidden].contiguous(), ids, gate_up, down, False, activation)
     for x in (wide[:, :hidden], wide[:, :hidden].contiguous(), wide[:, 4 : 4 + hidden]):
         if x.data_ptr() % 16:
             wide[:, 4 : 4 + hidden] = wide[:, :hidden].clone()
         poison = [want.new_full((len(want), columns), float("nan")) for columns in (width, hidden)]
         del poison  # whose memory comes back for the results
-        got = grouped_experts(x, *sort_by_expert(ids, num_experts), gate_up, down, top_k).view_as(want)
+        order, starts = sort_by_expert(ids, num_experts)
+        got = grouped_experts(x, order, starts, gate_up, down, top_k, activation).view_as(want)
         same = (got == want) | (got.isnan() & want.isnan())
         assert same.all(), f"strides {x.stride()}: {int((~same).sum())} of {want.numel()} differ"
         assert not got.view(tokens, -1)[1:].isnan().any()

@@ -5,6 +5,7 @@ On Hopper their kernels are chained (`chain.py`): what is passed as a model's we
 them, unless an operation of PyTorch's came after it. (The routing weights that `experts` takes are data, and may.)
 """
 
+from gemcutter.ops.activation import Activation
 from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
@@ -23,8 +24,10 @@ from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8
 from gemcutter.ops.select_experts import select_experts
 from gemcutter.ops.sort_by_expert import sort_by_expert
+from gemcutter.ops.swiglu import swiglu
 
 __all__ = [
+    "Activation",
     "QkvMode",
     "Quantized",
     "Routed",
@@ -48,4 +51,5 @@ __all__ = [
     "select_experts",
     "softcap_",
     "sort_by_expert",
+    "swiglu",
 ]

@@ -1,7 +1,8 @@
 """Mixture of experts: each token's top k expert MLPs.
 
-Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`); down = linear; each rounded to
-the dtype. Their weighted sum is `layer_seam`'s (`slot_sum.py`), which reads them but once.
+Per slot (token, expert): gate, up = linear; gelu_tanh(gate) * up (`ops/geglu.py`) or silu(gate) * up
+(`ops/swiglu.py`); down = linear; each rounded to the dtype. Their weighted sum is a seam's (`slot_sum.py`), which
+reads them but once.
 Source: HF `Gemma4TextExperts` with `experts_implementation="eager"`; on a CPU the bits are its bits, were its
 products made 16 rows at a time (`ops/linear.py`): a row then does not know how many share its expert.
 
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemcutter.ops.activation import REFERENCES, Activation, activate, check_activation
 from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.experts_fp8 import experts_fp8
@@ -24,7 +26,6 @@ from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream_hopper import stream_experts
 from gemcutter.ops.experts_table import Plan, Tile
 from gemcutter.ops.experts_tiles import plan_for
-from gemcutter.ops.geglu import geglu_reference, gelu_tanh
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import linear_reference
 from gemcutter.ops.quantize_fp8 import Quantized
@@ -37,6 +38,7 @@ def experts(
     gate_up: torch.Tensor | Quantized,
     down: torch.Tensor | Quantized,
     settled: bool = False,
+    activation: Activation = Activation.GELU_TANH,
 ) -> torch.Tensor:
     """Apply each token's experts.
 
@@ -48,6 +50,7 @@ def experts(
         down: [E, H, N] of x's dtype, dense; or a pair, scale [E, H, 1], where gate_up is one.
         settled: x and ids are, as `ops/chain.py` has it, and few tokens need not wait for the kernel ahead. Where
             they are not and this says so, the kernels may read what stood there before.
+        activation: of the gates.
 
     Returns:
         [T, k, H] of x's dtype (bfloat16 of a pair), contiguous: a token's experts in the order of its ids, not
@@ -58,16 +61,17 @@ def experts(
     """
     quantized = [isinstance(weight, Quantized) for weight in (gate_up, down)]
     if all(quantized):
-        return experts_fp8(x, ids, gate_up, down, settled)
+        return experts_fp8(x, ids, gate_up, down, settled, activation)
     if any(quantized) or isinstance(x, Quantized):
         kinds = ", ".join(
             f"{name} {type(each).__name__}" for name, each in dict(x=x, gate_up=gate_up, down=down).items()
         )
         raise TypeError(f"{kinds}: quantise both weights or neither, and x only for quantised ones")
-    return _experts(x, ids, gate_up, down, settled)
+    return _experts(x, ids, gate_up, down, settled, activation)
 
 
-def check_experts(x, ids, gate_up, down, settled) -> None:
+def check_experts(x, ids, gate_up, down, settled, activation) -> None:
+    check_activation(activation)
     check_matrix("x", x)
     num_experts, _, width = down.shape if down.ndim == 3 else (0, 0, 0)
     shapes = dict(
@@ -86,12 +90,17 @@ def check_experts(x, ids, gate_up, down, settled) -> None:
 
 
 def experts_reference(
-    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool = False
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    settled: bool = False,
+    activation: str = Activation.GELU_TANH,
 ) -> torch.Tensor:
-    out = experts_fake(x, ids, gate_up, down, settled)
+    out = experts_fake(x, ids, gate_up, down, settled, activation)
     for expert in ids.unique().tolist():
         slot, token = torch.where(ids.T == expert)
-        activated = geglu_reference(linear_reference(x[token], gate_up[expert]))
+        activated = REFERENCES[activation](linear_reference(x[token], gate_up[expert]))
         out[token, slot] = linear_reference(activated, down[expert])
     return out
 
@@ -115,9 +124,10 @@ def _find_rows(starts_ptr, tile, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_M
 def _up_kernel(
     x_ptr, order_ptr, starts_ptr, gate_up_ptr, hidden_ptr, x_stride,
     E: tl.constexpr, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """hidden[row] = geglu(x[order[row] // TOP_K] @ gate_up[expert].T), rows in sorted order."""
+    """hidden[row] = activation(gate) * up of x[order[row] // TOP_K] @ gate_up[expert].T, rows in sorted order."""
     release(CHAINED)
     join(CHAINED)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -143,7 +153,7 @@ def _up_kernel(
         gate = tl.dot(x, w_gate, gate, input_precision="ieee")
         up = tl.dot(x, w_up, up, input_precision="ieee")
     dtype = hidden_ptr.dtype.element_ty
-    activated = gelu_tanh(gate.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    activated = activate(gate.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
     out = (activated * up.to(dtype).to(tl.float32)).to(dtype)
     at = hidden_ptr + row[:, None].to(tl.int64) * N + col[None, :]
     tl.store(at, out, mask=row_in[:, None] & col_in[None, :])
@@ -182,23 +192,30 @@ def _down_kernel(
 
 
 def experts_launch(
-    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool = False
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    settled: bool = False,
+    activation: str = Activation.GELU_TANH,
 ) -> torch.Tensor:
     tokens, top_k = ids.shape
     if tokens == 0:
-        return experts_fake(x, ids, gate_up, down, settled)
-    slots = expert_slots(plan_for(x, top_k, gate_up, down), x, ids, gate_up, down, settled)
+        return experts_fake(x, ids, gate_up, down, settled, activation)
+    slots = expert_slots(plan_for(x, top_k, gate_up, down), x, ids, gate_up, down, settled, activation)
     return slots.view(tokens, top_k, x.shape[1])
 
 
-def expert_slots(plan: Plan, x, ids, gate_up, down, settled: bool) -> torch.Tensor:
+def expert_slots(
+    plan: Plan, x, ids, gate_up, down, settled: bool, activation: str = Activation.GELU_TANH
+) -> torch.Tensor:
     """Each slot's expert MLP [T * k, H], before its weight. The plan does not show in the bits."""
     if plan.kernel == "stream":
-        return stream_experts(x, ids, gate_up, down, settled)
+        return stream_experts(x, ids, gate_up, down, settled, activation)
     top_k, (num_experts, hidden, width) = ids.shape[1], down.shape
     order, starts = sort_by_expert(ids, num_experts)
     if plan.kernel == "grouped":
-        return grouped_experts(x, order, starts, gate_up, down, top_k)
+        return grouped_experts(x, order, starts, gate_up, down, top_k, activation)
     num_slots = len(order)
     activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
     slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
@@ -211,7 +228,7 @@ def expert_slots(plan: Plan, x, ids, gate_up, down, settled: bool) -> torch.Tens
 
     _up_kernel[programs(plan.up, width)](
         x, order, starts, gate_up, activated, x.stride(0),
-        TOP_K=top_k, **shape, **_launch_options(plan.up), **chained(x),
+        TOP_K=top_k, ACTIVATION=str(activation), **shape, **_launch_options(plan.up), **chained(x),
     )  # fmt: skip
     _down_kernel[programs(plan.down, hidden)](
         activated, order, starts, down, slots, **shape, **_launch_options(plan.down), **chained(x)
@@ -229,11 +246,11 @@ def _launch_options(tile: Tile) -> dict[str, int]:
     }
 
 
-def experts_fake(x, ids, gate_up, down, settled) -> torch.Tensor:
+def experts_fake(x, ids, gate_up, down, settled, activation) -> torch.Tensor:
     return x.new_empty(*ids.shape, x.shape[1])
 
 
 _experts = define(
-    "experts(Tensor x, Tensor ids, Tensor gate_up, Tensor down, bool settled) -> Tensor",
+    "experts(Tensor x, Tensor ids, Tensor gate_up, Tensor down, bool settled, str activation) -> Tensor",
     check=check_experts, reference=experts_reference, launch=experts_launch, fake=experts_fake,
 )  # fmt: skip

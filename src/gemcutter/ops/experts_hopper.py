@@ -24,14 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.experts_loaders import load_rows, load_scattered_rows, tile_at
-from gemcutter.ops.geglu import gelu_tanh
 from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
 
 # One program an SM: 6 stages of 32 KiB. Half a tile of rows is a box of TMA, and what an expert's last tile may be.
 BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 128, 64, 6
 HALF = BLOCK_M // 2
-activate = gluon.jit(gelu_tanh.fn)
+activate_gate = gluon.jit(activate.fn)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -53,7 +53,7 @@ def _tiles_kernel(starts_ptr, table_ptr, tiles, E: tl.constexpr, E_BLOCK: tl.con
 @gluon.jit
 def _multiply(
     turn: gl.constexpr, turns, ring, table_ptr, order_ptr, out_ptr, tiles,
-    N: gl.constexpr, K: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr,
+    N: gl.constexpr, K: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, ACTIVATION: gl.constexpr,
     WHOLE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Office of four warps: every second tile of the program, from its tile `turn` on."""
@@ -67,9 +67,13 @@ def _multiply(
         # Its own stages' phases can be told from earlier ones only when the other group has seen all of its stages.
         mbarrier.wait(turns.index(turn), (tiles_done + 1 - turn) & 1)
         if end - row > PART.shape[0]:
-            _one_tile(turn, turns, ring, order_ptr, out_ptr, used, row, end, col, STEPS, N, COLS, UP, WHOLE)
+            _one_tile(
+                turn, turns, ring, order_ptr, out_ptr, used, row, end, col, STEPS, N, COLS, UP, ACTIVATION, WHOLE
+            )
         else:
-            _one_tile(turn, turns, ring, order_ptr, out_ptr, used, row, end, col, STEPS, N, COLS, UP, PART)
+            _one_tile(
+                turn, turns, ring, order_ptr, out_ptr, used, row, end, col, STEPS, N, COLS, UP, ACTIVATION, PART
+            )
         used += 2 * STEPS
         tiles_done += 1
 
@@ -77,7 +81,8 @@ def _multiply(
 @gluon.jit
 def _one_tile(
     turn: gl.constexpr, turns, ring, order_ptr, out_ptr, used, row, end, col,
-    STEPS: gl.constexpr, N: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, rows_layout: gl.constexpr,
+    STEPS: gl.constexpr, N: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, ACTIVATION: gl.constexpr,
+    rows_layout: gl.constexpr,
 ):  # fmt: skip
     """rows_layout: of the result; its shape says how many rows the tile has."""
     x_stages, w_stages, ready, free = ring
@@ -101,7 +106,7 @@ def _one_tile(
     mbarrier.arrive(free.index((used + STEPS - 1) % STAGES))
     if UP:
         gate, up = acc.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
-        activated = activate(gate.to(dtype).to(gl.float32)).to(dtype).to(gl.float32)
+        activated = activate_gate(gate.to(dtype).to(gl.float32), ACTIVATION).to(dtype).to(gl.float32)
         result = gl.convert_layout((activated * up.to(dtype).to(gl.float32)).to(dtype), rows_layout)
     else:
         result = gl.convert_layout(acc.to(dtype), rows_layout)
@@ -116,9 +121,9 @@ def _one_tile(
 def _grouped_kernel(
     x, x_stride, weight_desc, table_ptr, order_ptr, out_ptr, N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    UP: gl.constexpr, WHOLE: gl.constexpr, PART: gl.constexpr,
+    UP: gl.constexpr, ACTIVATION: gl.constexpr, WHOLE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """UP: out[row] = geglu(x[order[row] // TOP_K] @ weight[expert].T), weight [E, 2N, K]: gate and up side by side.
+    """UP: out[row] = activation(gate) * up of x[order[row] // TOP_K] @ weight[expert].T, weight [E, 2N, K].
 
     Otherwise out[order[row]] = x[row] @ weight[expert].T, weight [E, N, K]. x: a pointer for UP, else a descriptor.
     """
@@ -141,8 +146,12 @@ def _grouped_kernel(
     if UP:
         gl.warp_specialize(
             [
-                (_multiply, (0, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, WHOLE, PART)),
-                (_multiply, (1, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, WHOLE, PART)),
+                (_multiply, (
+                    0, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                )),
+                (_multiply, (
+                    1, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                )),
                 (
                     load_scattered_rows,
                     (x, x_stride, weight_desc, ring, table_ptr, order_ptr, tiles, N, K, COLS, TOP_K),
@@ -153,8 +162,12 @@ def _grouped_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, WHOLE, PART)),
-                (_multiply, (1, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, WHOLE, PART)),
+                (_multiply, (
+                    0, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                )),
+                (_multiply, (
+                    1, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                )),
                 (load_rows, (x, weight_desc, ring, table_ptr, tiles, N, K, COLS)),
             ],
             [4, 1], [232, 40],
@@ -189,6 +202,7 @@ def grouped_experts(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     top_k: int,
+    activation: str = Activation.GELU_TANH,
 ) -> torch.Tensor:
     """Each slot's expert MLP, before its weight.
 
@@ -219,6 +233,7 @@ def grouped_experts(
             a, stride, descriptor(weight.flatten(0, 1), [columns, BLOCK_K]), table, order, out,
             N=out.shape[1], K=weight.shape[2], TOP_K=top_k,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, STAGES=STAGES, UP=up,
+            ACTIVATION=str(activation) if up else None,
             WHOLE=_rows_layout(BLOCK_M, columns), PART=_rows_layout(HALF, columns), num_warps=4,
             enable_fp_fusion=False,  # said outright: the default is an environment variable's
         )  # fmt: skip

@@ -24,13 +24,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.geglu import gelu_tanh
+from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
 
 MOST_STREAMED = 16  # tokens; with 32, whose rows of x fill shared memory, 424 µs against 317 for Triton's tiles
 COLS, UP_K, UP_STAGES = 32, 128, 4  # 72 KiB: three programs an SM
 ROWS, DOWN_K = 64, 64  # 704 columns are 11 steps
-activate = gluon.jit(gelu_tanh.fn)
+activate_gate = gluon.jit(activate.fn)
 
 
 @gluon.jit
@@ -58,9 +58,12 @@ def _members(
 def _up_stream_kernel(
     weight_desc, x_desc, ids_ptr, out_ptr, tokens, TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr,
     K: gl.constexpr, COLS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    SETTLED: gl.constexpr,
+    SETTLED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Program (slot, tile): out[slots] = geglu(x @ weight[expert].T), COLS of its N columns; weight [E, 2N, K]."""
+    """Program (slot, tile): out[slots] = activation(gate) * up of x @ weight[expert].T, COLS of N columns.
+
+    weight: [E, 2N, K].
+    """
     column_tiles: gl.constexpr = (N + COLS - 1) // COLS
     slot = gl.program_id(0) // column_tiles
     first_col = gl.program_id(0) % column_tiles * COLS
@@ -120,7 +123,7 @@ def _up_stream_kernel(
         columns: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, gl.num_warps()], [0, 1])
         gate = both.slice(0, COLS).load(columns).to(dtype).to(gl.float32)
         up = both.slice(COLS, COLS).load(columns).to(dtype).to(gl.float32)
-        result = (activate(gate).to(dtype).to(gl.float32) * up).to(dtype)
+        result = (activate_gate(gate, ACTIVATION).to(dtype).to(gl.float32) * up).to(dtype)
         target = gl.convert_layout(slots, gl.SliceLayout(0, columns))
         col = first_col + gl.arange(0, COLS, gl.SliceLayout(1, columns))
         at = out_ptr + target[None, :].to(gl.int64) * N + col[:, None]
@@ -201,7 +204,12 @@ def streams(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
 
 
 def stream_experts(
-    x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, settled: bool
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    settled: bool,
+    activation: str = Activation.GELU_TANH,
 ) -> torch.Tensor:
     """Each slot's expert MLP, before its weight.
 
@@ -221,7 +229,8 @@ def stream_experts(
     options = dict(num_warps=4, launch_pdl=True, enable_fp_fusion=False)
     _up_stream_kernel[(num_slots * triton.cdiv(width, COLS),)](
         descriptor(gate_up.flatten(0, 1), [COLS, UP_K]), descriptor(x, [block_t, UP_K]), ids, activated, tokens,
-        N=width, K=hidden, COLS=COLS, BLOCK_K=UP_K, STAGES=UP_STAGES, SETTLED=settled, **shape, **options,
+        N=width, K=hidden, COLS=COLS, BLOCK_K=UP_K, STAGES=UP_STAGES, SETTLED=settled,
+        ACTIVATION=str(activation), **shape, **options,
     )  # fmt: skip
     _down_stream_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
         descriptor(down.flatten(0, 1), [ROWS, DOWN_K]), activated, ids, slots, tokens,

@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gemcutter import ops
+from gemcutter.ops.activation import Activation
 from gemcutter.ops.attend_decode import ROWS, SPLIT, launch_decode
 from gemcutter.ops.attend_decode_hopper import launch_hopper
 from gemcutter.ops.attend_prefill import launch_prefill
@@ -41,7 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 HOPPER_ONLY = ("sm_90",)  # of files named so, whose Gluon is written for that card
-MODELS = ("E2B", "26B-A4B")  # which have every form between them; shapes without a model's name are taken too
+MODELS = ("E2B", "26B-A4B", "GLM-4.7")  # have every form between them; shapes without a model's name are taken too
 MOST_BYTES = 2**28  # of one launch's tensors
 
 
@@ -75,9 +76,11 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         if case.dtype == torch.bfloat16 and (first in MODELS or first not in {model.name for model in RELEASED}):
             many = max(1, min(1024, MOST_BYTES // case.bytes_moved(1)))
             found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
-    found["experts"] = [functools.partial(_experts, rows) for rows in (1, 1024, 4096)]  # a row of tiles each
-    found["experts_hopper"] = [_grouped_experts]
-    found["experts_stream_hopper"] = [functools.partial(_stream_experts, rows) for rows in (1, 16)]
+    found["experts"] = [functools.partial(_experts, rows, act) for rows in (1, 1024, 4096) for act in Activation]
+    found["experts_hopper"] = [functools.partial(_grouped_experts, act) for act in Activation]
+    found["experts_stream_hopper"] = [
+        functools.partial(_stream_experts, rows, act) for rows in (1, 16) for act in Activation
+    ]
     found["gate_up_hopper"] = [functools.partial(_gate_up, rows, count) for rows in (1, 16) for count in (0, 128)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
@@ -92,28 +95,39 @@ def _launch(case: Case, rows: int) -> None:
     case.launch(*case.make(rows, Kind.NORMAL, "cpu"))
 
 
-def _experts(rows: int, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704) -> None:
+def _experts(
+    rows: int, activation: Activation, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
+) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     ids = torch.zeros(rows, top_k, dtype=torch.int64)
-    experts_launch(half(rows, hidden), ids, half(count, 2 * width, hidden), half(count, hidden, width))
+    experts_launch(
+        half(rows, hidden), ids, half(count, 2 * width, hidden), half(count, hidden, width), False, activation
+    )
 
 
 def _grouped_experts(
-    tokens: int = 1100, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
+    activation: Activation,
+    tokens: int = 1100,
+    count: int = 128,
+    top_k: int = 8,
+    hidden: int = 2816,
+    width: int = 704,
 ) -> None:
     half, whole = (functools.partial(torch.empty, dtype=dtype) for dtype in (torch.bfloat16, torch.int32))
     weights = half(count, 2 * width, hidden), half(count, hidden, width)
-    grouped_experts(half(tokens, hidden), whole(tokens * top_k), whole(count + 1), *weights, top_k)
+    grouped_experts(half(tokens, hidden), whole(tokens * top_k), whole(count + 1), *weights, top_k, activation)
 
 
-def _stream_experts(tokens: int, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704) -> None:
+def _stream_experts(
+    tokens: int, activation: Activation, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
+) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     ids, weights = (
         torch.zeros(tokens, top_k, dtype=torch.int64),
         (half(count, 2 * width, hidden), half(count, hidden, width)),
     )
     for settled in (False, True):
-        stream_experts(half(tokens, hidden), ids, *weights, settled)
+        stream_experts(half(tokens, hidden), ids, *weights, settled, activation)
 
 
 def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:

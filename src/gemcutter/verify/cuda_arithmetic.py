@@ -26,6 +26,12 @@ def geglu_fp8(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_fp8_reference(geglu(gate_up))
 
 
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    x = gate.float()
+    return (x / (1.0 + whole_vectors(torch.exp, -x))).to(gate.dtype) * up
+
+
 def softcap_(x: torch.Tensor, cap: float) -> None:
     scaled = (x.float() * (torch.ones(()) / cap)).to(x.dtype).float()
     x.copy_((whole_vectors(torch.tanh, scaled).to(x.dtype).float() * cap).to(x.dtype))

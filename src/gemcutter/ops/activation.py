@@ -1,0 +1,35 @@
+"""The activations between an MLP's gate and its up, for ops and kernels that take either."""
+
+from enum import StrEnum
+
+import triton
+import triton.language as tl
+
+from gemcutter.ops.geglu import geglu_launch, geglu_reference, gelu_tanh
+from gemcutter.ops.swiglu import silu, swiglu_launch, swiglu_reference
+
+
+class Activation(StrEnum):
+    """What the gate goes through; the value is a constant of kernels."""
+
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+
+
+# Of [T, 2I], gate then up: [T, I].
+REFERENCES = {Activation.GELU_TANH: geglu_reference, Activation.SILU: swiglu_reference}
+LAUNCHES = {Activation.GELU_TANH: geglu_launch, Activation.SILU: swiglu_launch}
+
+
+def check_activation(activation: str) -> None:
+    if activation not in tuple(Activation):
+        raise ValueError(f"activation is {activation!r}: one of {', '.join(Activation)} is needed")
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """float32 -> float32"""
+    if ACTIVATION == "silu":
+        return silu(x)
+    else:
+        return gelu_tanh(x)
