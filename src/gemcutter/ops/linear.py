@@ -17,11 +17,15 @@ from gemcutter.ops.arguments import check_matrix
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 from gemcutter.ops.linear_fp8 import linear_fp8
-from gemcutter.ops.linear_hopper import loads_by_tma, stream
+from gemcutter.ops.linear_hopper import ROWS, loads_by_tma, stream
 from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.ops.row_blocks import linear_in_blocks
 
-MOST_STREAMED = 64  # rows; beyond, the weights are read once for several tiles and cuBLASLt is as fast or faster
+# Rows; beyond, the weights are read once for several tiles, and cuBLASLt is as fast or faster. But not where
+# programs of 64 rows by 64 columns leave half the card idle: for a router (2816 to 128) cuBLASLt, which has
+# no kernel for that without split-K, takes 61 to 64 µs at 72 to 768 rows, and streaming 6.
+MOST_STREAMED = 64
+FEW_PROGRAMS = 66
 
 
 def linear(x: torch.Tensor | Quantized, weight: torch.Tensor | Quantized) -> torch.Tensor:
@@ -104,7 +108,8 @@ def _linear_kernel(
 
 def linear_launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     (tokens, depth), columns = x.shape, weight.shape[0]
-    if tokens > MOST_STREAMED and x.dtype != torch.float32:
+    programs = triton.cdiv(columns, ROWS) * triton.cdiv(tokens, MOST_STREAMED)
+    if tokens > MOST_STREAMED and programs > FEW_PROGRAMS and x.dtype != torch.float32:
         return linear_reference(x, weight)
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     if tokens and loads_by_tma(x, weight):

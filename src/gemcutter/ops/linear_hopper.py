@@ -1,10 +1,10 @@
 """The streaming kernel of `linear` on Hopper, in Gluon: weights come by TMA, before the predecessor is done.
 
-A program owns 64 rows of the weight. It asks for the first stages of them, then joins the chain, then asks for the
-rows of x: while the kernel ahead finishes, up to 160 KiB of weights an SM are under way. Weights are the M operand
-of wgmma, so 16 tokens fill an instruction. Measured on one H200 at 26B-A4B's shapes, one token, the four linears of
-a layer in a chain: 31.5 µs, against 36.5 without the early loads, 38.4 for the plain Triton kernel, 49.3 for cuBLAS
-and 23.9 for the bytes alone.
+A program owns 64 rows of the weight and up to 64 of x. It asks for the first stages of weights, joins the
+chain, and asks for x: while the kernel ahead finishes, up to 160 KiB of weights an SM are under way. Weights
+are the M operand of wgmma, so 16 tokens fill an instruction. Measured on one H200 at 26B-A4B's shapes, one
+token, the four linears of a layer in a chain: 31.5 µs, against 36.5 without the early loads, 38.4 for the plain
+Triton kernel, 49.3 for cuBLAS and 23.9 for the bytes alone.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _stream_kernel(
     weight_desc, x_desc, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    first = gl.program_id(0) * ROWS
+    first, first_token = gl.program_id(0) * ROWS, gl.program_id(1) * BLOCK_T
     dtype: gl.constexpr = weight_desc.dtype
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
     x_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
@@ -51,7 +51,7 @@ def _stream_kernel(
     gdc_launch_dependents()  # not before: what the kernel ahead wrote is settled for those behind, see chain.py
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
-            at = [0, stage * BLOCK_K]
+            at = [first_token, stage * BLOCK_K]
             load_tile(x_desc, at, ready.index(stage), x_stages.index(stage))
 
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
@@ -68,14 +68,14 @@ def _stream_kernel(
         mbarrier.expect(ready.index(free), BYTES, pred=more)
         w_at = [first, coming * BLOCK_K]
         load_tile(weight_desc, w_at, ready.index(free), w_stages.index(free), pred=more)
-        x_at = [0, coming * BLOCK_K]
+        x_at = [first_token, coming * BLOCK_K]
         load_tile(x_desc, x_at, ready.index(free), x_stages.index(free), pred=more)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
 
     column = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    token = gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
+    token = first_token + gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
     at = out_ptr + token[None, :].to(gl.int64) * N + column[:, None]
     gl.store(at, acc.to(dtype), mask=(token < tokens)[None, :] & (column < N)[:, None])
 
@@ -90,10 +90,10 @@ def loads_by_tma(*matrices: torch.Tensor) -> bool:
 
 
 def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """x [T, K] of 1 to 64 rows, weight [N, K] -> out [T, N]."""
+    """x [T, K], weight [N, K] -> out [T, N]. More than 64 rows stream the weights once for every 64."""
     (tokens, depth), columns = x.shape, weight.shape[0]
     block_t, block_k, stages = stream_tile(tokens)
-    _stream_kernel[(triton.cdiv(columns, ROWS),)](
+    _stream_kernel[(triton.cdiv(columns, ROWS), triton.cdiv(tokens, block_t))](
         descriptor(weight, [ROWS, block_k]), descriptor(x, [block_t, block_k]), out, tokens,
         N=columns, K=depth, ROWS=ROWS, BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
         num_warps=4, launch_pdl=True,

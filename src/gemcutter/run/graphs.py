@@ -83,8 +83,11 @@ class StepGraphs:
 
 
 def decode_sizes(largest: int) -> list[int]:
-    """Rows of decoding that get a graph of their own: 1, 2, 4, then every 8, and the largest itself."""
-    steps = [1, 2, 4, *range(8, largest + 1, 8), largest]
+    """Rows of decoding that get a graph of their own: 1, 2, 4, every 8 up to 64, every 16 beyond, and the largest.
+
+    At 72 rows cuBLASLt's gate and up of 26B-A4B take 16.6 µs, at 80 to 128 rows 10.
+    """
+    steps = [1, 2, 4, *range(8, 65, 8), *range(80, largest + 1, 16), largest]
     return sorted({size for size in steps if size <= largest})
 
 
