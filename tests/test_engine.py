@@ -10,6 +10,7 @@ from drive import Outcome, collect, finish, request
 from gemcutter.checkpoint.files import locate
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
+from gemcutter.schedule.pace import Pace
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,61 @@ def test_a_step_ahead_gives_the_same_and_leaves_nothing(engine, monkeypatch):
         assert [reason for reason in reasons if reason] == (["abort", "length"] if steps < 3 else ["length"] * 2)
         assert outcomes["b"][-1].finish_reason == "length"
         assert engine._flight is None and not any(engine.stats().pages_used.values())
+
+
+def test_who_arrives_during_a_step_joins_the_next(engine, monkeypatch):
+    """On a device of its own time: a step is done 1 s after it began. The host is patient until shortly before."""
+    now, ends, joined = 0.0, [], []
+    monkeypatch.setattr(engine, "_ahead", True)
+    monkeypatch.setattr(engine, "_pace", Pace(lambda: now))
+    forward, draw = engine._runner.forward, engine._runner.draw
+
+    def launches(plan):
+        joined.append([sequence.id for sequence in plan.sequences])
+        ends.append(max([now, *ends[-1:]]) + 1.0)
+        return forward(plan)
+
+    def draws(flight):
+        draw(flight)
+        flight.done = Event(ends[len(joined) - 1])
+
+    class Event:
+        def __init__(self, end):
+            self.end = end
+
+        def query(self):
+            return now >= self.end
+
+        def synchronize(self):
+            nonlocal now
+            now = max(now, self.end)
+
+    monkeypatch.setattr(engine._runner, "forward", launches)
+    monkeypatch.setattr(engine._runner, "draw", draws)
+    engine.submit(request("a", [2, 300], max_tokens=30))
+    assert engine.patience == 0
+    for _ in range(4):
+        engine.step()
+    assert joined == [["a"]] * 4 and now == 3.0  # the fourth has begun
+    assert 0 < engine.patience <= 0.001
+    now = 3.9
+    assert 0 < engine.patience
+    engine.submit(request("b", [2, 301], max_tokens=1))
+    now = 3.998
+    assert engine.patience == 0
+    engine.step()
+    assert joined[-1] == ["a", "b"]
+    engine.step()  # a kind of step not seen before: its successor is planned at once
+    assert joined[-1] == ["a"] and now == 5.0
+    engine.step()
+    now = 6.9
+    assert engine.patience
+    ends[-1] = engine._flight.done.end = 6.9  # sooner than those before
+    assert engine.patience == 0
+    engine.abort("a")
+    while engine.has_work:
+        engine.step()
+    engine.check_invariants()
 
 
 def test_a_broken_launch_spares_what_is_drawn_but_not_read(engine, monkeypatch):

@@ -21,12 +21,14 @@ from gemcutter.run.device import kv_byte_budget, resolve_device
 from gemcutter.run.graphs import StepGraphs
 from gemcutter.run.runner import Flight, Runner
 from gemcutter.run.warm import warm_up
+from gemcutter.schedule.pace import Pace
 from gemcutter.schedule.plan import Plan
 from gemcutter.schedule.planner import Scheduler
 from gemcutter.schedule.request import Request, Stats, Update
 from gemcutter.spec import ModelSpec
 
 MAX_RUNNING = {"cuda": 128, "cpu": 16}  # requests in a step, where the user does not say
+LONGEST_WAIT = 0.001  # seconds, until `patience` sees that a step took less than others of its kind
 
 
 class Engine:
@@ -40,6 +42,7 @@ class Engine:
         self._runner = runner
         self._ahead = config.device != "cpu"  # a step is launched before the tokens of the last are read
         self._flight: Flight | None = None  # the step that is not read
+        self._pace = Pace()
         self._news: list[Update] = []  # for the next step to tell
 
     @classmethod
@@ -107,6 +110,15 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._news)
 
+    @property
+    def patience(self) -> float:
+        """Seconds for which `step` may be put off, 0 if not at all: whoever has requests to come waits so long for
+        them, and then asks again. The device has work until then, and what arrives joins the very next step.
+        """
+        if self._flight is None or self._flight.is_done:
+            return 0.0
+        return min(self._pace.left, LONGEST_WAIT)
+
     def submit(self, request: Request) -> None:
         """Queue a request.
 
@@ -133,11 +145,13 @@ class Engine:
         An exception out of the forward pass, Ctrl-C included, ends the requests of this step, and one while tokens
         are read those of both: the next call reports them with finish_reason "error", and the others go on.
         """
+        self._pace.planning(idle=self._flight is None)
         plan = self._scheduler.plan()
         flight = None
         if plan is not None:
             with self._ends_if_broken(plan):
                 flight = self._runner.forward(plan)
+            self._pace.launched(plan, at_once=flight.has_argmax)
             self._scheduler.advance(plan)
         before, self._flight = self._flight, None
         with self._ends_if_broken(*(one.plan for one in (before, flight) if one is not None)):
@@ -153,7 +167,9 @@ class Engine:
         return news
 
     def _commit(self, flight: Flight) -> None:
+        just_now = not flight.is_done
         sampled = flight.read()
+        self._pace.ended(just_now)
         for new in self._scheduler.commit(flight.plan, sampled.token_ids):
             sequence, logprobs = new.sequence, sampled.logprobs[new.row]
             self._news.append(

@@ -17,6 +17,8 @@ def token(request: Request, place: int) -> int:
 
 
 class FakeEngine:
+    patience = 0.0
+
     def __init__(self, config: EngineConfig) -> None:
         self.context_length = config.context_length or CONTEXT
         self.spec = SimpleNamespace(vocab=VOCAB)

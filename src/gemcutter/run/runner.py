@@ -33,6 +33,11 @@ class Flight:
     result: SampleResult | None = None  # where rows wanted more than the likeliest token
     done: torch.cuda.Event | None = None  # on a GPU
 
+    @property
+    def is_done(self) -> bool:
+        """Reading need not wait."""
+        return self.done is None or self.done.query()
+
     def read(self) -> Sampled:
         """Wait until the step is done."""
         if self.done is not None:

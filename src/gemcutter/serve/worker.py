@@ -2,6 +2,7 @@
 
 import gc
 import os
+import select
 import signal
 import sys
 import threading
@@ -76,11 +77,14 @@ def _run(config: EngineConfig, pull: zmq.Socket, push: zmq.Socket, start: Callab
 
 
 def _loop(engine, pull: zmq.Socket, push: zmq.Socket) -> None:
-    """Until Stop. An exception out of `step` ends the process: the engine's state is not to be trusted."""
+    """Until Stop. An exception out of `step` ends the process: the engine's state is not to be trusted.
+
+    While the engine has patience, what arrives is taken in and joins its next step.
+    """
     told = 0.0
     while True:
         refusals: list[wire.Refusal] = []
-        for message in _arrived(pull, wait=not engine.has_work):
+        for message in _arrived(pull, engine.patience if engine.has_work else None):
             match message:
                 case wire.Submit(requests):
                     refusals += _submit(engine, requests)
@@ -89,7 +93,7 @@ def _loop(engine, pull: zmq.Socket, push: zmq.Socket) -> None:
                         engine.abort(id)
                 case wire.Stop():
                     return
-        updates = engine.step() if engine.has_work else []
+        updates = engine.step() if engine.has_work and not engine.patience else []
         now = time.monotonic()
         stats = None
         if now - told >= STATS_EVERY or not engine.has_work:
@@ -109,15 +113,22 @@ def _submit(engine, requests) -> Iterator[wire.Refusal]:
             yield wire.Refusal(id=request.id, message=one_line(error), invalid=False)
 
 
-def _arrived(pull: zmq.Socket, wait: bool) -> Iterator[wire.Submit | wire.Abort | wire.Stop]:
-    """Every message that is there; with `wait`, at least one."""
-    flags = 0 if wait else zmq.NOBLOCK
+def _arrived(pull: zmq.Socket, seconds: float | None) -> list[wire.Submit | wire.Abort | wire.Stop]:
+    """Every message that is there; if there is none, what comes within so many seconds, None for any number."""
+    messages = _here(pull)
+    if not messages:
+        select.select([pull], [], [], seconds)  # its own `poll` takes whole milliseconds
+        messages = _here(pull)
+    return messages
+
+
+def _here(pull: zmq.Socket) -> list[wire.Submit | wire.Abort | wire.Stop]:
+    messages = []
     while True:
         try:
-            yield wire.to_engine.decode(pull.recv(flags))
+            messages.append(wire.to_engine.decode(pull.recv(zmq.NOBLOCK)))
         except zmq.Again:
-            return
-        flags = zmq.NOBLOCK
+            return messages
 
 
 def _die_with_parent() -> None:
