@@ -27,21 +27,21 @@ def pipes():
 
 
 class Patient(FakeEngine):
-    """Once the first step is under way, it waits for another request, who sends one."""
+    """Once the first step is under way, it waits for two more requests, which come one by one."""
 
     def __init__(self, push: zmq.Socket) -> None:
         super().__init__(EngineConfig())
         self.log: list[str] = []
         self._push = push
-        self._sent = False
+        self._coming = ["b", "c"]
 
     @property
     def patience(self) -> float:
-        if self.log != ["a", "step"]:
+        if self.log[:2] != ["a", "step"] or len(self.log) > 3:
             return 0.0
-        if not self._sent:
-            self._sent = True
-            self._push.send(wire.encode(wire.Submit(requests=[request("b", [5], max_tokens=1)])))
+        if len(self.log) + len(self._coming) == 4:  # the last one is in
+            item = request(self._coming.pop(0), [5], max_tokens=1)
+            self._push.send(wire.encode(wire.Submit(requests=[item])))
         return 30.0
 
     def submit(self, item) -> None:
@@ -51,7 +51,7 @@ class Patient(FakeEngine):
     def step(self):
         self.log.append("step")
         news = super().step()
-        if len(self._running) == 0:
+        if not self._running:
             self._push.send(wire.encode(wire.Stop()))
         return news
 
@@ -62,9 +62,9 @@ def test_who_arrives_while_the_engine_is_patient_joins_its_next_step(pipes):
     push.send(wire.encode(wire.Submit(requests=[request("a", [5], max_tokens=2)])))
     begin = time.monotonic()
     _loop(engine, pull, report)
-    assert engine.log == ["a", "step", "b", "step"]
+    assert engine.log == ["a", "step", "b", "c", "step"]
     assert time.monotonic() - begin < 10  # it was woken
     told = []
     while outbox.poll(0):
         told += wire.from_engine.decode(outbox.recv()).updates
-    assert [update.id for update in told] == ["a", "a", "b"]
+    assert [update.id for update in told] == ["a", "a", "b", "c"]
