@@ -170,12 +170,12 @@ class Engine:
         just_now = not flight.is_done
         sampled = flight.read()
         self._pace.ended(just_now)
-        for new in self._scheduler.commit(flight.plan, sampled.token_ids):
-            sequence, logprobs = new.sequence, sampled.logprobs[new.row]
+        for row, sequence, token_id in self._scheduler.commit(flight.plan, sampled.token_ids):
+            logprobs = sampled.logprobs[row]
             self._news.append(
                 Update(
                     id=sequence.id,
-                    token_ids=[new.token_id],
+                    token_ids=[token_id],
                     logprobs=None if logprobs is None else [logprobs],
                     finish_reason=sequence.finish_reason,
                     stop_id=sequence.stop_id,

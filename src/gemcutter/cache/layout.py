@@ -33,10 +33,12 @@ class CacheLayout:
             return 0
         return max(0, position - self.window + 1) // self.page_size
 
-    def see_the_same(self, before: int, after: int) -> bool:
-        """Queries at both positions stand in the same page and, under a window, first see the same page."""
+    def next_turn(self, position: int) -> int:
+        """The first position after this one whose query stands in another page or, under a window, first sees
+        another page.
+        """
         size, hidden = self.page_size, (self.window or 1) - 1
-        return before // size == after // size and (before - hidden) // size == (after - hidden) // size
+        return position + min(size - position % size, size - (position - hidden) % size)
 
     def one_request(self, context_length: int, chunk: int) -> dict[Kind, int]:
         """Pages that suffice for any request of `context_length` tokens, run alone in chunks of `chunk`.

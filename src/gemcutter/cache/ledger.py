@@ -19,7 +19,7 @@ class _Holding:
     row: int  # of the tables
     num_pages: int = 0
     num_registered: int = 0  # full pages of the prompt that were offered for reuse
-    num_computed: int = 0  # tokens
+    next_turn: int = 0  # tokens computed, from which on other pages are full or in sight
     first: dict[Kind, int] = field(default_factory=dict)
 
 
@@ -73,7 +73,7 @@ class Ledger:
             idle = sum(not book.is_held(page) for page in prefix[kind])
             if book.available < end - matched + idle + reserve.get(kind, 0):
                 return None
-        held = _Holding(chain, self._rows.pop(), matched, matched, cached)
+        held = _Holding(chain, self._rows.pop(), matched, matched, self.layout.next_turn(cached))
         self._held[seq_id] = held
         for kind, book in self.books.items():
             held.first[kind] = matched - len(prefix[kind])
@@ -109,12 +109,11 @@ class Ledger:
         with a generated token are never offered: in a prompt it would be prefilled, with other last bits.
         """
         held = self._held[seq_id]
-        assert held.num_computed <= computed <= held.num_pages * self.layout.page_size, (
-            f"{seq_id}: {computed} tokens computed, after {held.num_computed}, on {held.num_pages} pages"
-        )
-        before, held.num_computed = held.num_computed, computed
-        if self.layout.see_the_same(before, computed):
+        if computed < held.next_turn:
             return
+        held.next_turn = self.layout.next_turn(computed)
+        room = held.num_pages * self.layout.page_size
+        assert computed <= room, f"{seq_id}: {computed} tokens computed, on pages for {room}"
         full_pages = min(computed, held.chain.prompt_length) // self.layout.page_size
         if self._reuse and held.num_registered < full_pages:
             for j in range(held.num_registered, full_pages):
@@ -168,7 +167,7 @@ class Ledger:
                 where = f"{seq_id}: {kind.value} pages {row.tolist()}, of which [{first}, {held.num_pages})"
                 assert own.all(), f"{where} should be held"
                 assert not gap.any() and not rest.any(), f"{where} alone should be held"
-                oldest = min(self.layout.first_page(kind, held.num_computed), held.num_pages)
+                oldest = min(self.layout.first_page(kind, held.next_turn - 1), held.num_pages)
                 assert first == oldest, f"{where} should start at the first visible page, {oldest}"
                 count.update(own.tolist())
             assert not table[self._rows].any(), f"{kind.value} rows without a sequence hold pages"

@@ -115,7 +115,8 @@ class Scheduler:
         decoding: list[Sequence] = []
         others: list[Sequence] = []
         for sequence in self._running:
-            in_turn = sequence.num_to_compute == 1 and not sequence.in_prompt
+            at = sequence.num_computed
+            in_turn = at + 1 == sequence.length and at >= sequence.prompt_length
             (decoding if in_turn else others).append(sequence)
         for sequence in decoding:
             self._choose(sequence, 1, chosen)
@@ -151,9 +152,9 @@ class Scheduler:
             if not samples:
                 continue
             sequence.drawn_row = row
-            sequence.num_unread += 1
+            sequence.length = stop + 1
             row += 1
-            if sequence.length >= sequence.max_length:
+            if stop + 1 >= sequence.max_length:
                 self._running.remove(sequence)
                 self.ledger.release(sequence.id)
                 self._leaving.add(sequence)
@@ -234,8 +235,8 @@ class Scheduler:
                 return False
             self._preempt(youngest)
             chosen.pop(youngest.id, None)
-        assert sequence.num_unread <= 1, f"{sequence} is planned while two of its tokens are not read"
-        chosen[sequence.id] = Chunk(sequence, stop - size, stop, samples=stop == sequence.length)
+        assert stop - size <= len(sequence.tokens), f"{sequence} is planned while two of its tokens are not read"
+        chosen[sequence.id] = Chunk(sequence, stop - size, stop, stop == sequence.length)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -16,7 +16,7 @@ class Sequence:
 
     __slots__ = (
         "id", "params", "only_argmax", "stop_ids", "seed", "prompt_length", "arrival", "tokens", "chain",
-        "max_length", "num_unread", "drawn_row", "num_computed", "cached_tokens", "preemptions", "finish_reason",
+        "max_length", "length", "drawn_row", "num_computed", "cached_tokens", "preemptions", "finish_reason",
         "stop_id",
     )  # fmt: skip
 
@@ -34,8 +34,8 @@ class Sequence:
         self.max_length = context_length  # tokens of prompt and output
         if allowed is not None:
             self.max_length = min(context_length, self.prompt_length + allowed)
-        self.num_unread = 0  # tokens after those, which launched steps draw and nobody has read
-        self.drawn_row = 0  # of the newest of them, among the tokens that its step draws
+        self.length = self.prompt_length  # tokens that the next step may count on, read or not
+        self.drawn_row = 0  # of the newest that is not read, among the tokens that its step draws
         self.num_computed = 0  # tokens whose K/V a launched step has written, or will before the next step begins
         self.cached_tokens: int | None = None  # prompt tokens reused when first admitted; None before that
         self.preemptions = 0
@@ -43,14 +43,14 @@ class Sequence:
         self.stop_id: int | None = None  # the token that stopped it, where finish_reason is "stop"
 
     @property
-    def length(self) -> int:
-        """Tokens that the next step may count on, read or not."""
-        return len(self.tokens) + self.num_unread
+    def num_unread(self) -> int:
+        """Tokens that launched steps draw and nobody has read."""
+        return self.length - len(self.tokens)
 
     @property
     def num_to_compute(self) -> int:
         """Tokens without K/V. 1 while decoding: the newest token."""
-        return len(self.tokens) + self.num_unread - self.num_computed
+        return self.length - self.num_computed
 
     @property
     def in_prompt(self) -> bool:
@@ -67,7 +67,6 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         """Add a token that was drawn, now read, and see whether the sequence ends with it."""
-        self.num_unread -= 1
         self.tokens.append(token_id)
         if token_id in self.stop_ids:
             self.finish_reason, self.stop_id = "stop", token_id
