@@ -27,6 +27,7 @@ from gemcutter.config import EngineConfig
         ("tensor_parallel_size", 2, "1 so far"),
         ("dtype", "int8", "one of "),
         ("load_format", "pickle", "one of "),
+        ("quantization", "awq", "one of "),
     ],
 )
 def test_refused(name, value, why):

@@ -44,6 +44,11 @@ class EngineConfig:
         "dummy makes random weights: matrices N(0, 0.02), vectors 1",
         choices=("auto", "safetensors", "dummy"),
     )
+    quantization: str = option(
+        "auto",
+        "fp8 quantises the linears and experts of a checkpoint that is not quantised; auto: as they are stored",
+        choices=("auto", "fp8"),
+    )
     tensor_parallel_size: int = option(1, "GPUs that share the model; only 1 so far")
     context_length: int | None = option(
         None, "tokens of prompt and answer together; default: the model's, if the cache holds it"

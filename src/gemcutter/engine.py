@@ -13,7 +13,7 @@ from gemcutter.cache.ledger import Ledger
 from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_generation_config, read_spec
 from gemcutter.checkpoint.files import locate
-from gemcutter.checkpoint.load import load
+from gemcutter.checkpoint.load import load, quantize_on_load
 from gemcutter.config import EngineConfig
 from gemcutter.model.gemma4 import Gemma4
 from gemcutter.run.build import StepBuilder
@@ -53,7 +53,7 @@ class Engine:
             ValueError: the checkpoint, the device or its memory do not do; the message says what to change.
         """
         folder = locate(config.model_path, config.revision, config.reads_weights)
-        spec = read_spec(folder)
+        spec = read_spec(folder) if config.quantization == "auto" else quantize_on_load(read_spec(folder), folder)
         device = resolve_device(config.device)
         config = _resolved(config, spec, device)
         dtype = getattr(torch, config.dtype)

@@ -87,6 +87,9 @@ class ModelSpec:
     ple_vocab: int
     tied_head: bool
     dtype: str  # of the checkpoint: "bfloat16", "float16" or "float32"
+    quantized: frozenset[str] = (
+        frozenset()
+    )  # weights held in FP8: "layers.3.qkv", and so on (checkpoint/linears.py)
 
     @property
     def window(self) -> int | None:

@@ -11,8 +11,9 @@ from test_checkpoint_config import COMMON, RELEASED, write
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.checkpoint.files import CheckpointError
+from gemcutter.checkpoint.linears import TEXT_ONLY
 from gemcutter.checkpoint.load import load
-from gemcutter.checkpoint.table import TEXT_ONLY, pieces
+from gemcutter.checkpoint.table import pieces
 
 CPU = torch.device("cpu")
 

@@ -127,7 +127,7 @@ def test_text_only_models_bit_for_bit(kind, size, tmp_path):
     [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32")],
 )
 def test_dtype_is_cast_at_the_copy(stored, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr("gemcutter.checkpoint.load.CHUNK", 1000)  # more chunks than one, the last ragged
+    monkeypatch.setattr("gemcutter.checkpoint.fill.CHUNK", 1000)  # more chunks than one, the last ragged
     model = tiny_models.make("moe", dtype=getattr(torch, stored))
     model.save_pretrained(tmp_path)
     dtype = getattr(torch, wanted)
@@ -334,7 +334,7 @@ def test_missing_head_of_an_untied_model(folder):
 
 
 def test_stored_tied_head_must_equal_the_embedding(folder, monkeypatch):
-    monkeypatch.setattr("gemcutter.checkpoint.load.CHUNK", 1000)
+    monkeypatch.setattr("gemcutter.checkpoint.fill.CHUNK", 1000)
     embed = next(
         state["model.embed_tokens.weight"]
         for state in map(load_file, shards(folder))

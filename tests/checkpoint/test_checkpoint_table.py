@@ -8,7 +8,8 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedTextModel
 
 from gemcutter.checkpoint.config import read_spec
-from gemcutter.checkpoint.table import NESTED, TEXT_ONLY, empty_weights, is_ignored, pieces
+from gemcutter.checkpoint.linears import NESTED, TEXT_ONLY
+from gemcutter.checkpoint.table import empty_weights, is_ignored, pieces
 
 
 def table(spec, prefix, device="meta"):

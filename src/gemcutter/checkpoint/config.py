@@ -4,13 +4,17 @@ Missing fields take the defaults of HF's Gemma4TextConfig. What the model cannot
 guess would give wrong text without an error.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from gemcutter.checkpoint.fields import Fields
 from gemcutter.checkpoint.files import CheckpointError, read_json
+from gemcutter.checkpoint.linears import TEXT_ONLY, held_in_fp8, linears, schemes_of
+from gemcutter.checkpoint.quantization import Quantization, parse_quantization
 from gemcutter.spec import ExpertSpec, Kind, LayerSpec, ModelSpec, RopeSpec
 
 MAX_LAYERS = 1024
+MAX_EXPERTS = 4096  # of a layer; each has a name of its own in a quantised checkpoint
 KINDS = {"sliding_attention": Kind.SLIDING, "full_attention": Kind.FULL}
 HEAD_DIMS = (32, 64, 128, 256, 512)  # the kernels' tiles
 DTYPES = ("bfloat16", "float16", "float32")
@@ -37,7 +41,7 @@ def read_spec(folder: Path) -> ModelSpec:
     text_type = TEXT_TYPES.get(model_type, model_type)
     if text.get("model_type", text_type) != text_type:
         text.fail("model_type", f"must be {text_type} inside {model_type}")
-    _refuse(folder, top, text)
+    _refuse(folder, text)
     unified = text_type == "gemma4_unified_text"
     kinds = _kinds(text)
     ple_width = 0 if unified else text.size("hidden_size_per_layer_input", 256, low=0)
@@ -45,7 +49,7 @@ def read_spec(folder: Path) -> ModelSpec:
         raise CheckpointError(
             f"{text.where}: {text_type} has neither hidden_size_per_layer_input nor enable_moe_block"
         )
-    return ModelSpec(
+    spec = ModelSpec(
         hidden=text.size("hidden_size", 2304),
         vocab=text.size("vocab_size", 262_144),
         layers=_layers(text, kinds, window=text.size("sliding_window", 1024 if unified else 512)),
@@ -57,17 +61,21 @@ def read_spec(folder: Path) -> ModelSpec:
         tied_head=_tied_head(top, text),
         dtype=_dtype(top, text),
     )
+    quantization = read_quantization(folder)
+    if quantization is None:
+        return spec
+    table = linears(spec, TEXT_ONLY)
+    return replace(spec, quantized=held_in_fp8(table, schemes_of(table, quantization)))
 
 
-def _refuse(folder: Path, top: Fields, text: Fields) -> None:
-    for fields in (top, text):
-        scheme = fields.get("quantization_config")
-        if scheme is not None:
-            name = scheme.get("quant_method", "unnamed") if isinstance(scheme, dict) else scheme
-            raise CheckpointError(
-                f"{fields.where}: quantization_config asks for {name!r:.80}, which is not supported yet; "
-                "use the checkpoint in bfloat16"
-            )
+def read_quantization(folder: Path) -> Quantization | None:
+    """What a folder's config.json says of quantised weights; None where it has no quantization_config."""
+    top = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    text = [top.object("text_config")] if top.get("text_config") is not None else []
+    return parse_quantization(top, *text)
+
+
+def _refuse(folder: Path, text: Fields) -> None:
     if (folder / "hf_quant_config.json").exists():
         raise CheckpointError(
             f"{folder / 'hf_quant_config.json'}: ModelOpt quantization is not supported yet; "
@@ -200,7 +208,7 @@ def _rope(text: Fields, name: str, head_dim: int) -> RopeSpec:
 def _experts(text: Fields) -> ExpertSpec | None:
     if not text.flag("enable_moe_block", False):
         return None
-    experts = text.size("num_experts")
+    experts = text.size("num_experts", high=MAX_EXPERTS)
     return ExpertSpec(experts, text.size("top_k_experts", high=experts), text.size("moe_intermediate_size"))
 
 

@@ -4,17 +4,18 @@ from collections.abc import Callable
 
 import torch
 
+from gemcutter.checkpoint.linears import HEAD, NESTED, TOGETHER, ExpertNames
 from gemcutter.model.weights import (
     ExpertWeights,
     LayerWeights,
+    Linear,
     PerLayerEmbeddingWeights,
     PerLayerInputWeights,
     Weights,
 )
+from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.spec import LayerSpec, ModelSpec
 
-NESTED = "model.language_model."  # prefix of the text model in a Gemma4ForConditionalGeneration
-TEXT_ONLY = "model."  # and in a Gemma4ForCausalLM
 OTHER_MODALITIES = (
     "model.vision_tower.",
     "model.vision_embedder.",  # 12B, which has no towers; HF renames it to embed_vision as it loads
@@ -22,7 +23,9 @@ OTHER_MODALITIES = (
     "model.audio_tower.",
     "model.embed_audio.",
 )
-HEAD = "lm_head.weight"  # the one name outside the text model's prefix
+
+
+SCALES = ("weight_scale", "input_scale")  # beside the weight of a linear in FP8
 
 
 def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -31,7 +34,14 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
+    def linear(name: str, *shape: int) -> Linear:
+        if name not in spec.quantized:
+            return empty(*shape)
+        q = torch.empty(shape, device=device, dtype=torch.float8_e4m3fn)
+        return Quantized(q, torch.empty(*shape[:-1], 1, device=device, dtype=torch.float32))
+
     def layer(layer: LayerSpec) -> LayerWeights:
+        at = f"layers.{layer.index}."
         experts = per_layer_input = None
         if layer.experts is not None:
             count, width = layer.experts.num_experts, layer.experts.width
@@ -39,16 +49,16 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
                 router=empty(count, spec.hidden),
                 router_scale=empty(spec.hidden),
                 per_expert_scale=empty(count),
-                gate_up=empty(count, 2 * width, spec.hidden),
-                down=empty(count, spec.hidden, width),
+                gate_up=linear(at + "experts", count, 2 * width, spec.hidden),
+                down=linear(at + "experts", count, spec.hidden, width),
                 pre_norm=empty(spec.hidden),
                 post_norm=empty(spec.hidden),
                 dense_post_norm=empty(spec.hidden),
             )
         if spec.ple_width:
             per_layer_input = PerLayerInputWeights(
-                gate=empty(spec.ple_width, spec.hidden),
-                projection=empty(spec.hidden, spec.ple_width),
+                gate=linear(at + "per_layer_input.gate", spec.ple_width, spec.hidden),
+                projection=linear(at + "per_layer_input.projection", spec.hidden, spec.ple_width),
                 post_norm=empty(spec.hidden),
             )
         return LayerWeights(
@@ -56,12 +66,12 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
             post_attention_norm=empty(spec.hidden),
             pre_feedforward_norm=empty(spec.hidden),
             post_feedforward_norm=empty(spec.hidden),
-            qkv=empty(layer.qkv_width, spec.hidden),
+            qkv=linear(at + "qkv", layer.qkv_width, spec.hidden),
             q_norm=empty(layer.head_dim),
             k_norm=empty(layer.head_dim) if layer.owns_kv else None,
-            o=empty(spec.hidden, layer.q_width),
-            gate_up=empty(2 * layer.mlp_width, spec.hidden),
-            down=empty(spec.hidden, layer.mlp_width),
+            o=linear(at + "o", spec.hidden, layer.q_width),
+            gate_up=linear(at + "gate_up", 2 * layer.mlp_width, spec.hidden),
+            down=linear(at + "down", spec.hidden, layer.mlp_width),
             scalar=empty(1),
             experts=experts,
             per_layer_input=per_layer_input,
@@ -72,7 +82,7 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
         packed = len(spec.layers) * spec.ple_width
         per_layer = PerLayerEmbeddingWeights(
             embed=empty(spec.ple_vocab, packed),
-            projection=empty(packed, spec.hidden),
+            projection=linear("per_layer.projection", packed, spec.hidden),
             projection_norm=empty(spec.ple_width),
         )
     embed = empty(spec.vocab, spec.hidden)
@@ -85,13 +95,18 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def pieces(spec: ModelSpec, weights: Weights, prefix: str) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint must hold: its name, and the view of `weights` that it fills.
+def pieces(
+    spec: ModelSpec, weights: Weights, prefix: str, experts: dict[int, ExpertNames] | None = None
+) -> dict[str, Linear]:
+    """Every weight that a checkpoint must hold: its name, and the view of `weights` that it fills.
 
     Together the views cover the weights exactly once. A view has the shape of the checkpoint's tensor and is
-    contiguous, as merged tensors are split by rows.
+    contiguous, as merged tensors are split by rows; so are the scales of one in FP8.
+
+    Args:
+        experts: by layer, how its experts are named; TOGETHER where it is left out.
     """
-    table = {
+    table: dict[str, Linear] = {
         "embed_tokens.weight": weights.embed,
         "norm.weight": weights.norm,
     }
@@ -103,41 +118,44 @@ def pieces(spec: ModelSpec, weights: Weights, prefix: str) -> dict[str, torch.Te
         }
     for layer in spec.layers:
         of_layer = _layer_pieces(layer, weights.layers[layer.index])
+        of_experts = weights.layers[layer.index].experts
+        if of_experts is not None:
+            of_layer |= expert_pieces(
+                of_experts.gate_up, of_experts.down, (experts or {}).get(layer.index, TOGETHER)
+            )
         table |= {f"layers.{layer.index}.{name}": view for name, view in of_layer.items()}
     table = {prefix + name: view for name, view in table.items()}
     return table if spec.tied_head else table | {HEAD: weights.head}
 
 
-def _layer_pieces(layer: LayerSpec, weights: LayerWeights) -> dict[str, torch.Tensor]:
-    gate, up = weights.gate_up.chunk(2)
-    table = {
+def _layer_pieces(layer: LayerSpec, weights: LayerWeights) -> dict[str, Linear]:
+    width = layer.mlp_width
+    table: dict[str, Linear] = {
         "input_layernorm.weight": weights.input_norm,
         "post_attention_layernorm.weight": weights.post_attention_norm,
         "pre_feedforward_layernorm.weight": weights.pre_feedforward_norm,
         "post_feedforward_layernorm.weight": weights.post_feedforward_norm,
-        "self_attn.q_proj.weight": weights.qkv[: layer.q_width],
+        "self_attn.q_proj.weight": rows(weights.qkv, 0, layer.q_width),
         "self_attn.q_norm.weight": weights.q_norm,
         "self_attn.o_proj.weight": weights.o,
-        "mlp.gate_proj.weight": gate,
-        "mlp.up_proj.weight": up,
+        "mlp.gate_proj.weight": rows(weights.gate_up, 0, width),
+        "mlp.up_proj.weight": rows(weights.gate_up, width, 2 * width),
         "mlp.down_proj.weight": weights.down,
         "layer_scalar": weights.scalar,
     }
     if layer.owns_kv:
-        kv = weights.qkv[layer.q_width :]
+        begin, end = layer.q_width, layer.q_width + layer.kv_width
         table |= {
-            "self_attn.k_proj.weight": kv[: layer.kv_width],
+            "self_attn.k_proj.weight": rows(weights.qkv, begin, end),
             "self_attn.k_norm.weight": weights.k_norm,
         }
         if not layer.k_eq_v:
-            table["self_attn.v_proj.weight"] = kv[layer.kv_width :]
+            table["self_attn.v_proj.weight"] = rows(weights.qkv, end, layer.qkv_width)
     if weights.experts is not None:
         table |= {
             "router.proj.weight": weights.experts.router,
             "router.scale": weights.experts.router_scale,
             "router.per_expert_scale": weights.experts.per_expert_scale,
-            "experts.gate_up_proj": weights.experts.gate_up,
-            "experts.down_proj": weights.experts.down,
             "pre_feedforward_layernorm_2.weight": weights.experts.pre_norm,
             "post_feedforward_layernorm_2.weight": weights.experts.post_norm,
             "post_feedforward_layernorm_1.weight": weights.experts.dense_post_norm,
@@ -149,6 +167,31 @@ def _layer_pieces(layer: LayerSpec, weights: LayerWeights) -> dict[str, torch.Te
             "post_per_layer_input_norm.weight": weights.per_layer_input.post_norm,
         }
     return table
+
+
+def expert_pieces(gate_up: Linear, down: Linear, names: ExpertNames) -> dict[str, Linear]:
+    if not names.each:
+        return {f"{names.within}gate_up_proj": gate_up, f"{names.within}down_proj": down}
+    count, double = gate_up.shape[:2] if isinstance(gate_up, torch.Tensor) else gate_up.q.shape[:2]
+    table = {}
+    for id in range(count):
+        both = expert(gate_up, id)
+        table |= {
+            f"{names.within}{id}.gate_proj.weight": rows(both, 0, double // 2),
+            f"{names.within}{id}.up_proj.weight": rows(both, double // 2, double),
+            f"{names.within}{id}.down_proj.weight": expert(down, id),
+        }
+    return table
+
+
+def rows(weight: Linear, begin: int, end: int) -> Linear:
+    if isinstance(weight, Quantized):
+        return Quantized(weight.q[begin:end], weight.scale[begin:end])
+    return weight[begin:end]
+
+
+def expert(weight: Linear, id: int) -> Linear:
+    return Quantized(weight.q[id], weight.scale[id]) if isinstance(weight, Quantized) else weight[id]
 
 
 def is_ignored(spec: ModelSpec, prefix: str) -> Callable[[str], bool]:
@@ -163,5 +206,6 @@ def is_ignored(spec: ModelSpec, prefix: str) -> Callable[[str], bool]:
         if not layer.owns_kv
         for module in ("k_proj", "v_proj", "k_norm", "v_norm")
     }
+    unused_kv |= {name.replace("_proj.weight", f"_proj.{scale}") for name in unused_kv for scale in SCALES}
     towers = OTHER_MODALITIES if prefix == NESTED else ()
     return lambda name: name in unused_kv or name.startswith(towers)

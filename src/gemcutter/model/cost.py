@@ -21,6 +21,15 @@ def parameters(spec: ModelSpec) -> int:
     return tables + _dense(spec) + experts
 
 
+def weight_bytes(spec: ModelSpec, element: float) -> float:
+    """Bytes of all weights: those in FP8 take 1, and 4 for each channel's scale, the others `element`."""
+    experts = sum(
+        layer.experts.num_experts * _expert_bytes(spec, layer, element) for layer in spec.layers if layer.experts
+    )
+    tables = spec.vocab * spec.hidden * (1 if spec.tied_head else 2) + _ple_table(spec)
+    return (tables + _vectors(spec)) * element + _linear_bytes(spec, element) + experts
+
+
 def active_parameters(spec: ModelSpec) -> int:
     """Parameters that one token is multiplied with: its own experts and the head, but no rows merely looked up."""
     experts = sum(layer.experts.top_k * _expert_matrices(spec, layer) for layer in spec.layers if layer.experts)
@@ -62,17 +71,17 @@ def step_work(
 ) -> dict[Part, Work]:
     """Work of a step in which `batch` sequences compute the last `new` of `context` tokens and a logit row each.
 
-    Weights move once, of the experts those that are touched; K/V once per layer that reads them, for the weights
-    between two layers that share K/V sweep them out of the GPU's cache. The head keeps at least 2 bytes, as
-    quantised checkpoints leave it. Activations move in no part but the norms, which do little else: there each op
-    reads what it is given and writes what others read. FLOPs are 2 per weight and token, and 4 per head dim of
-    every visible (query, key) pair. Layers behind the last one that writes K/V serve the last token only. Router,
-    sort and the rest have no floor worth a number.
+    Weights move once, of the experts those that are touched: in 1 byte and their scales where they are in FP8, else
+    in `weight_bytes`. K/V moves once per layer that reads it, for the weights between two layers that share K/V
+    sweep it out of the GPU's cache. The head keeps at least 2 bytes, as quantised checkpoints leave it. Activations
+    move in no part but the norms, which do little else: there each op reads what it is given and writes what others
+    read. FLOPs are 2 per weight and token, and 4 per head dim of every visible (query, key) pair. Layers behind the
+    last one that writes K/V serve the last token only. Router, sort and the rest have no floor worth a number.
     """
     writers = 1 + max(layer.index for layer in spec.layers if layer.owns_kv)
     tokens = batch * new
     linear_flops = expert_flops = pairs_flops = 0.0
-    expert_weights = kv = activations = 0.0
+    expert_bytes = kv = activations = 0.0
     for layer in spec.layers:
         queries = new if layer.index < writers else 1
         linear_flops += 2 * _layer_matrices(spec, layer) * batch * queries
@@ -86,14 +95,14 @@ def step_work(
         if layer.experts:
             expert = _expert_matrices(spec, layer)
             expert_flops += 2 * layer.experts.top_k * expert * batch * queries
-            expert_weights += _touched(layer, batch * queries) * expert
+            expert_bytes += _touched(layer, batch * queries) * _expert_bytes(spec, layer, weight_bytes)
     if spec.ple_width:
         linear_flops += 2 * tokens * len(spec.layers) * spec.ple_width * spec.hidden
     vectors = _vectors(spec)
     table = spec.vocab * spec.hidden
     return {
-        Part.LINEARS: Work((_dense(spec) - vectors) * weight_bytes, linear_flops),
-        Part.EXPERTS: Work(expert_weights * weight_bytes, expert_flops),
+        Part.LINEARS: Work(_linear_bytes(spec, weight_bytes), linear_flops),
+        Part.EXPERTS: Work(expert_bytes, expert_flops),
         Part.ATTENTION: Work(kv * kv_element_bytes, pairs_flops),
         Part.HEAD: Work(table * max(2.0, weight_bytes), 2.0 * batch * table),
         Part.NORMS: Work((vectors + activations) * weight_bytes, 0.0),
@@ -130,8 +139,22 @@ def _touched(layer: LayerSpec, tokens: int) -> float:
 
 def _dense(spec: ModelSpec) -> int:
     """Everything that every step reads whole, but the head."""
-    projection = len(spec.layers) * spec.ple_width * spec.hidden
-    return projection + _vectors(spec) + sum(_layer_matrices(spec, layer) for layer in spec.layers)
+    return _vectors(spec) + sum(rows * columns for rows, columns in _linears(spec).values())
+
+
+def _linear_bytes(spec: ModelSpec, element: float) -> float:
+    return sum(_bytes(spec, name, *shape, element) for name, shape in _linears(spec).items())
+
+
+def _expert_bytes(spec: ModelSpec, layer: LayerSpec, element: float) -> float:
+    """Of one expert."""
+    name, width = f"layers.{layer.index}.experts", layer.experts.width
+    up = _bytes(spec, name, 2 * width, spec.hidden, element)
+    return up + _bytes(spec, name, spec.hidden, width, element)
+
+
+def _bytes(spec: ModelSpec, name: str, rows: int, columns: int, element: float) -> float:
+    return rows * (columns + 4) if name in spec.quantized else rows * columns * element
 
 
 def _vectors(spec: ModelSpec) -> int:
@@ -143,11 +166,35 @@ def _ple_table(spec: ModelSpec) -> int:
     return spec.ple_vocab * len(spec.layers) * spec.ple_width
 
 
+def _linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the matrices that every step reads, head and experts left out."""
+    shapes = {}
+    for layer in spec.layers:
+        shapes |= {f"layers.{layer.index}.{name}": shape for name, shape in _layer_linears(spec, layer).items()}
+    if spec.ple_width:
+        shapes["per_layer.projection"] = len(spec.layers) * spec.ple_width, spec.hidden
+    return shapes
+
+
+def _layer_linears(spec: ModelSpec, layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    """The names are those of ModelSpec.quantized."""
+    shapes = {
+        "qkv": (layer.qkv_width, spec.hidden),
+        "o": (spec.hidden, layer.q_width),
+        "gate_up": (2 * layer.mlp_width, spec.hidden),
+        "down": (spec.hidden, layer.mlp_width),
+    }
+    if layer.experts:
+        shapes["router"] = layer.experts.num_experts, spec.hidden
+    if spec.ple_width:
+        shapes["per_layer_input.gate"] = spec.ple_width, spec.hidden
+        shapes["per_layer_input.projection"] = spec.hidden, spec.ple_width
+    return shapes
+
+
 def _layer_matrices(spec: ModelSpec, layer: LayerSpec) -> int:
     """Weights of a layer's matrices, experts left out."""
-    router = layer.experts.num_experts if layer.experts else 0
-    rows = layer.qkv_width + layer.q_width + 3 * layer.mlp_width + router + 2 * spec.ple_width
-    return spec.hidden * rows
+    return sum(rows * columns for rows, columns in _layer_linears(spec, layer).values())
 
 
 def _expert_matrices(spec: ModelSpec, layer: LayerSpec) -> int:

@@ -10,7 +10,8 @@ import torch
 
 from gemcutter.ops.quantize_fp8 import Quantized
 
-Linear = torch.Tensor | Quantized  # in FP8 scales are [out, 1], of experts [E, out, 1]
+# In FP8 scales are [out, 1], of experts [E, out, 1]: what was merged keeps those of its parts, one below the other.
+Linear = torch.Tensor | Quantized
 
 
 @dataclass
