@@ -2,10 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import tiny_models
 import torch
+from fp8_checkpoints import quantization_config
 from test_checkpoint_config import COMMON, RELEASED, write
 
 from gemcutter.checkpoint.config import read_spec
@@ -14,6 +16,7 @@ from gemcutter.checkpoint.files import CheckpointError
 from gemcutter.checkpoint.linears import TEXT_ONLY
 from gemcutter.checkpoint.load import load
 from gemcutter.checkpoint.table import pieces
+from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
 
 CPU = torch.device("cpu")
 
@@ -52,6 +55,26 @@ def test_same_seed_same_weights(spec):
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first if first[name].dim() > 1)
     dummy_weights(spec, CPU, torch.float32, seed=-(2**63)), dummy_weights(spec, CPU, torch.float32, seed=2**64)
+
+
+@pytest.mark.parametrize("chunk", [1000, 2**27])
+@pytest.mark.parametrize("kind", ["moe", "ple_double_wide"])
+def test_what_is_in_fp8_is_drawn_alike_and_quantised(kind, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr("gemcutter.checkpoint.dummy.CHUNK", chunk)
+    config = COMMON | tiny_models.KINDS[kind] | {"quantization_config": quantization_config()}
+    spec = read_spec(write(tmp_path, config))
+    plain, mixed = (
+        tensors(each, dummy_weights(each, CPU, torch.bfloat16, 3))
+        for each in (replace(spec, quantized=frozenset()), spec)
+    )
+    in_fp8 = {name for name, view in mixed.items() if isinstance(view, Quantized)}
+    assert len(in_fp8) == {"moe": 4 * 8 + 3, "ple_double_wide": 7 * 5 + 6 + 7 * 2 + 1}[kind]
+    for name in plain.keys() - in_fp8:
+        assert torch.equal(plain[name], mixed[name]), name
+    for name in in_fp8:
+        q, scale = quantize_fp8(plain[name].flatten(0, -2))
+        assert torch.equal(mixed[name].q.flatten(0, -2).view(torch.uint8), q.view(torch.uint8)), name
+        assert torch.equal(mixed[name].scale.flatten(0, -2), scale), name
 
 
 def test_dummy_needs_only_the_config(tmp_path):

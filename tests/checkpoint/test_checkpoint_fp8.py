@@ -2,6 +2,7 @@
 
 import fp8_checkpoints as made
 import pytest
+import tiny_models
 import torch
 from fp8_checkpoints import BLOCK, CHANNEL, IGNORE, STATIC, TENSOR, TOKEN, dequantized, quantization_config
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import CheckpointError, shards
-from gemcutter.checkpoint.load import load_weights
+from gemcutter.checkpoint.load import load, load_weights, quantize_on_load
+from gemcutter.checkpoint.plan import read_plan
 from gemcutter.model.weights import Weights
 from gemcutter.ops.quantize_fp8 import Quantized
 
@@ -19,7 +21,7 @@ BF16 = torch.bfloat16
 
 
 def read(folder, dtype=BF16) -> Weights:
-    return load_weights(read_spec(folder), folder, CPU, dtype)
+    return load_weights(read_plan(read_spec(folder), folder), CPU, dtype)
 
 
 def expected(state: dict, names: list[str]) -> torch.Tensor:
@@ -412,3 +414,50 @@ def test_any_linears_may_be_left_out(data, tmp_path_factory):
         else:
             assert torch.equal(got, expected(state, names).to(BF16))
     assert in_fp8 == spec.quantized
+
+
+def test_experts_in_fp8_run_in_bfloat16_only(whole):
+    folder, _ = whole
+    spec = read_spec(folder)
+    with pytest.raises(CheckpointError, match="experts in FP8 run in bfloat16 only, got dtype torch.float32"):
+        load(spec, folder, CPU, torch.float32, "auto", 0)
+    with pytest.raises(CheckpointError, match="bfloat16 only"):
+        load(spec, folder, CPU, torch.float16, "dummy", 0)
+
+
+def test_experts_together_need_no_bfloat16(tmp_path):
+    """The config alone would have them in FP8; the files do not."""
+    made.make(tmp_path, within=None)
+    assert load(read_spec(tmp_path), tmp_path, CPU, torch.float32, "auto", 0).embed.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["moe", "ple_double_wide"])
+def test_quantised_on_load_as_each_channel_alone(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("gemcutter.checkpoint.fill.CHUNK", 1000)
+    model = tiny_models.make(kind, BF16)
+    model.save_pretrained(tmp_path)
+    spec = quantize_on_load(read_spec(tmp_path), tmp_path)
+    weights = load(spec, tmp_path, CPU, BF16, "auto", 0)
+    state = made.unpacked(model.state_dict())
+    for layer, path, names in merged(spec):
+        got = at(weights, layer, path)
+        wide = torch.cat([state[f"{name}.weight"] for name in names]).float()
+        scale = wide.abs().amax(1, keepdim=True) / torch.full((len(wide), 1), 448.0)
+        assert isinstance(got, Quantized) and torch.equal(got.scale, scale), path
+        assert torch.equal(got.q.float(), (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()), path
+    assert isinstance(weights.embed, torch.Tensor)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_quantised(value, tmp_path):
+    model = tiny_models.make("moe", BF16)
+    model.model.layers[2].experts.down_proj.data[7, 63, 31] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.experts\.down_proj holds an infinity or a NaN"):
+        load(quantize_on_load(read_spec(tmp_path), tmp_path), tmp_path, CPU, BF16, "auto", 0)
+
+
+def test_what_is_quantised_is_not_quantised_on_load(whole):
+    folder, _ = whole
+    with pytest.raises(CheckpointError, match="has a quantization_config, so that nothing is left to quantise"):
+        quantize_on_load(read_spec(folder), folder)

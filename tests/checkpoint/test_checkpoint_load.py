@@ -24,6 +24,7 @@ from gemcutter.checkpoint import load as load_module
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import INDEX, CheckpointError, shards
 from gemcutter.checkpoint.load import load, load_weights
+from gemcutter.checkpoint.plan import read_plan
 from gemcutter.checkpoint.table import empty_weights, pieces
 from gemcutter.model.weights import Weights
 
@@ -32,7 +33,7 @@ NESTED = "model.language_model."
 
 
 def load_folder(folder, dtype=torch.float32):
-    return load_weights(read_spec(folder), folder, CPU, dtype)
+    return load_weights(read_plan(read_spec(folder), folder), CPU, dtype)
 
 
 def expected_tensors(state: dict, prefix: str, num_layers: int) -> dict[str, list[str]]:
@@ -216,13 +217,13 @@ def test_every_single_missing_piece_is_named(kind, saved, tmp_path):
         for name in whole:
             save_file({key: value for key, value in whole.items() if key != name}, path)
             with pytest.raises(CheckpointError) as caught:
-                load_weights(spec, folder, CPU, torch.float32)
+                load_weights(read_plan(spec, folder), CPU, torch.float32)
             if name == "model.embed_tokens.weight":
                 assert "exactly one of" in str(caught.value) and name in str(caught.value)
             else:
                 assert f"1 problem(s):\n  {name}: missing" in str(caught.value)
         save_file(whole, path)
-    load_weights(spec, folder, CPU, torch.float32)  # whole again
+    load_weights(read_plan(spec, folder), CPU, torch.float32)  # whole again
 
 
 @pytest.mark.parametrize("change", ["transposed", "flat", "longer", "batched"])
@@ -425,6 +426,7 @@ import re, sys, torch
 from pathlib import Path
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.load import load_weights
+from gemcutter.checkpoint.plan import read_plan
 
 def status(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
@@ -432,7 +434,7 @@ def status(field):
 folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 spec = read_spec(folder)
 before = status("VmRSS")
-weights = load_weights(spec, folder, torch.device("cpu"), dtype)
+weights = load_weights(read_plan(spec, folder), torch.device("cpu"), dtype)
 print(status("VmHWM") - before)
 """
 

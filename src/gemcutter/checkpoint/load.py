@@ -16,7 +16,7 @@ from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.checkpoint.files import CheckpointError
 from gemcutter.checkpoint.fill import chunks, fill
 from gemcutter.checkpoint.linears import HEAD, TEXT_ONLY, linears
-from gemcutter.checkpoint.plan import read_plan
+from gemcutter.checkpoint.plan import Plan, read_plan
 from gemcutter.checkpoint.scales import read_scales
 from gemcutter.checkpoint.stored import opened
 from gemcutter.checkpoint.table import empty_weights, pieces
@@ -52,20 +52,36 @@ def load(
     Raises:
         CheckpointError: the files are damaged or do not hold exactly this model, or it does not fit the device.
     """
-    needed = weight_bytes(spec, dtype.itemsize)
-    too_large = (
-        f"the weights need {needed / 2**30:.1f} GiB in {dtype}, more than {device} has free; "
-        "free the device, or take a smaller model or dtype"
-    )
-    if needed > _memory(device):  # asked first: where host memory runs out the kernel kills, and says nothing
-        raise CheckpointError(too_large)
+    _check_fits(spec, device, dtype)  # asked first: where host memory runs out the kernel kills, and says nothing
     try:
         if load_format == "dummy":
+            _check_runs(spec, dtype)
             return dummy_weights(spec, device, dtype, seed)
         assert load_format in ("auto", "safetensors"), f"unknown load_format {load_format!r}"
-        return load_weights(spec, folder, device, dtype)
+        plan = read_plan(spec, folder)
+        _check_fits(plan.spec, device, dtype)
+        _check_runs(plan.spec, dtype)
+        return load_weights(plan, device, dtype)
     except torch.OutOfMemoryError as error:
-        raise CheckpointError(too_large) from error
+        raise CheckpointError(_too_large(spec, device, dtype)) from error
+
+
+def _check_fits(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    if weight_bytes(spec, dtype.itemsize) > _memory(device):
+        raise CheckpointError(_too_large(spec, device, dtype))
+
+
+def _too_large(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> str:
+    kinds = f"FP8 and {dtype}" if spec.quantized else f"{dtype}"
+    return (
+        f"the weights need {weight_bytes(spec, dtype.itemsize) / 2**30:.1f} GiB in {kinds}, more than {device} has "
+        "free; free the device, or take a smaller model or dtype"
+    )
+
+
+def _check_runs(spec: ModelSpec, dtype: torch.dtype) -> None:
+    if dtype != torch.bfloat16 and any(name.endswith(".experts") for name in spec.quantized):
+        raise CheckpointError(f"experts in FP8 run in bfloat16 only, got dtype {dtype}; take bfloat16")
 
 
 def _memory(device: torch.device) -> int:
@@ -75,20 +91,19 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def load_weights(
-    spec: ModelSpec, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool = True
-) -> Weights:
+def load_weights(plan: Plan, device: torch.device, dtype: torch.dtype, progress: bool = True) -> Weights:
     """Stream a checkpoint, one memory-mapped file at a time; host memory stays under twice the largest file.
 
-    A file with anything missing, left over, doubled or of another shape or dtype is refused before any weight is
-    read, and so is a scale that is not finite or not above 0. A tied lm_head.weight may be stored too, but only if
-    it equals the embedding. What is stored in FP8 is held so where its scheme runs; a bfloat16 weight that the spec
-    wants in FP8 is quantised.
+    What is stored in FP8 is held so where its scheme runs, and else dequantised; another weight that the spec wants
+    in FP8 is quantised. A tied lm_head.weight may be stored too, but only if it equals the embedding.
+
+    Raises:
+        CheckpointError: a scale is not finite or not above 0, which is found before any weight is read; a weight
+            that is to be quantised is not finite.
     """
-    plan = read_plan(spec, folder)
-    scales = read_scales(folder, plan.schemes, plan.found)
+    scales = read_scales(plan.schemes, plan.found)
     for notice in plan.notices:
-        logging.getLogger(__name__).warning("%s: %s", folder, notice)
+        logging.getLogger(__name__).warning(notice)
     weights = empty_weights(plan.spec, device, dtype)
     table = pieces(plan.spec, weights, plan.prefix, plan.experts)
     by_file: dict[Path, set[str]] = defaultdict(set)
@@ -106,7 +121,7 @@ def load_weights(
                         except ValueError as error:
                             raise CheckpointError(f"{path}: {name} {error}") from error
                         bar.advance(task, plan.found[name].nbytes)
-    if spec.tied_head and HEAD in plan.found:
+    if plan.spec.tied_head and HEAD in plan.found:
         _check_tied(plan.found[HEAD].path, weights)
     return weights
 

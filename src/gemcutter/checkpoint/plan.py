@@ -28,7 +28,7 @@ class Plan:
     experts: dict[int, ExpertNames]  # by layer
     schemes: dict[str, Scheme]  # of the linears in FP8, by their names in the files
     found: dict[str, Stored]
-    notices: list[str]  # what the user should know, in whole sentences
+    notices: list[str]  # what the user should know
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def read_plan(spec: ModelSpec, folder: Path) -> Plan:
             unused = {layer + name for layer in layers for name in ("k_scale", "v_scale")}
     wanted = _wanted(spec, prefix, experts, schemes, quantization is not None)
     _check(spec, folder, prefix, wanted, {name: found[name] for name in found if name not in unused})
-    notices = [*_notices(spec, table, schemes)]
-    if quantization is not None and quantization.kv_cache:
-        notices.append("kv_cache_scheme is left out: K and V are cached in the dtype of the activations.")
+    notices = _notices(spec, table, schemes)
+    if unused:
+        notices.append("its kv_cache_scheme is left out: K and V are cached in the dtype of the activations")
+    notices = [f"{folder}: {notice}" for notice in notices]
     return Plan(spec, prefix, experts, schemes, {name: places[0] for name, places in found.items()}, notices)
 
 
@@ -129,6 +130,6 @@ def _notices(spec: ModelSpec, table: dict[str, str | None], schemes: dict[str, S
         else:
             reasons["they are merged with linears that are not in FP8"] += 1
     return [
-        f"{count} linears stored in FP8 are dequantised, which takes twice the memory: {reason}."
+        f"{count} linears stored in FP8 are dequantised, which takes twice the memory: {reason}"
         for reason, count in reasons.items()
     ]

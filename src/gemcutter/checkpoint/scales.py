@@ -10,7 +10,7 @@ from gemcutter.checkpoint.quantization import Scheme
 from gemcutter.checkpoint.stored import Stored, opened
 
 
-def read_scales(folder: Path, schemes: dict[str, Scheme], found: dict[str, Stored]) -> dict[str, torch.Tensor]:
+def read_scales(schemes: dict[str, Scheme], found: dict[str, Stored]) -> dict[str, torch.Tensor]:
     """The scale of each weight, in float32: [rows, 1], or [row blocks, column blocks] where it has blocks.
 
     Raises:
@@ -28,13 +28,13 @@ def read_scales(folder: Path, schemes: dict[str, Scheme], found: dict[str, Store
                 scale = shard.get_tensor(name).float()
                 bad = scale[~((scale > 0) & scale.isfinite())]
                 if len(bad):
-                    problems.append(f"{name}: must be finite and above 0, got {bad[0].item()}")
+                    problems.append(f"{name}: must be finite and above 0, got {bad[0].item()} (in {path})")
                 linear, _, kind = name.rpartition(".")
                 if kind == "weight_scale":
                     scales[linear] = _spread(scale, schemes[linear], found[f"{linear}.weight"].shape[0])
     if problems:
         raise CheckpointError(
-            f"{len(problems)} scale(s) in {folder} are damaged; fetch or write the checkpoint again:\n  "
+            f"{len(problems)} scale(s) of FP8 weights are damaged; fetch or write the checkpoint again:\n  "
             + "\n  ".join(problems[:20])
         )
     return scales
