@@ -66,7 +66,7 @@ def step_batch(token_ids: torch.Tensor, chunks: list[tuple[int, int]], tables: d
         positions=positions.to(device),
         query_start=torch.tensor(ends, dtype=torch.int32, device=device),
         kv_len=torch.tensor([stop for _, stop in chunks], dtype=torch.int32, device=device),
-        logit_rows=torch.tensor(ends[1:] - 1, device=device),
+        logit_rows=torch.arange(len(chunks), device=device),
         kinds=kinds,
         num_decodes=lengths.count(1),
         max_query_len=max((length for length in lengths if length > 1), default=0),
