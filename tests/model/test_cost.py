@@ -145,7 +145,7 @@ def test_parts_are_those_of_hf_s_modules(specs, name):
     "batch, new, context", [(1, 1, 1), (2, 1, 5000), (3, 700, 700), (1, 2000, 2000), (2, 9, 1500)]
 )
 def test_attention_by_counting(specs, batch, new, context):
-    """Pairs and keys in sight, one query after another. The 31B shares no K/V: all queries but of the last layer."""
+    """Pairs and keys in sight, one query after another: all but in the last layer. The 31B shares no K/V."""
     spec = specs["31b"]
     flops = keys = 0
     for layer in spec.layers:
