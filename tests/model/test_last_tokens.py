@@ -6,40 +6,30 @@ The oracle runs every token through every layer, and takes the last tokens' logi
 import pytest
 import tiny_models
 import torch
-from forward import CUTS
+from forward import CUTS, logits_of_all
+from fp8_weights import quantized
 from test_ops_swapped import Case, differing, real
 
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.load import load
-from gemcutter.ops.embed import embed
-from gemcutter.ops.logits import logits
-from gemcutter.ops.rms_norm import rms_norm
 
 
-def with_every_token(model, batch, pool) -> torch.Tensor:
-    spec, w = model.spec, model.weights
-    hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
-    per_layer = model._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
-    normed = rms_norm(hidden, w.layers[0].input_norm, spec.eps)
-    next_norms = [*(following.input_norm for following in w.layers[1:]), w.norm]
-    for layer, layer_weights, next_norm in zip(spec.layers, w.layers, next_norms, strict=True):
-        own = per_layer[:, layer.index] if per_layer is not None else None
-        hidden, normed = model.decoder_layer(layer, layer_weights, next_norm, hidden, normed, own, batch, pool)
-    return logits(normed[batch.query_start[1:].long() - 1][batch.logit_rows], w.head, spec.softcap)
+def last_of_all(model, batch, pool) -> torch.Tensor:
+    return logits_of_all(model, batch, pool)[batch.query_start[1:].long() - 1][batch.logit_rows]
 
 
 def check(case: Case, monkeypatch) -> None:
     """Also that so many rows, and no more, went through which layer."""
     model, spec = case.model, case.spec
     with monkeypatch.context() as patch:
-        patch.setattr(model, "forward", lambda batch, pool: with_every_token(model, batch, pool))
+        patch.setattr(model, "forward", lambda batch, pool: last_of_all(model, batch, pool))
         want = case.run()
     rows: dict[int, list[int]] = {layer.index: [] for layer in spec.layers}
     whole = model.decoder_layer
 
-    def counted(layer, w, next_norm, hidden, *others):
+    def counted(layer, w, next_norm, next_reader, hidden, *others):
         rows[layer.index].append(len(hidden))
-        return whole(layer, w, next_norm, hidden, *others)
+        return whole(layer, w, next_norm, next_reader, hidden, *others)
 
     monkeypatch.setattr(model, "decoder_layer", counted)
     got = case.run()
@@ -52,13 +42,16 @@ def check(case: Case, monkeypatch) -> None:
         assert seen == (tokens if index < last else [len(chunks) for chunks in case.steps]), index
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16", "fp8"])
 @pytest.mark.parametrize("kind", tiny_models.KINDS)
 @torch.inference_mode()
-def test_same_bits_as_with_every_token(kind, dtype, tmp_path, monkeypatch):
+def test_same_bits_as_with_every_token(kind, numbers, tmp_path, monkeypatch):
     tiny_models.make(kind).save_pretrained(tmp_path)
     spec = read_spec(tmp_path)
+    dtype = torch.float32 if numbers == "float32" else torch.bfloat16
     weights = load(spec, tmp_path, torch.device("cpu"), dtype, "auto", 0)
+    if numbers == "fp8":
+        weights = quantized(weights, experts=True)
     check(Case(spec, weights, [1, 9, 40, 2, 17]), monkeypatch)
 
 
