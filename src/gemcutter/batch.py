@@ -41,8 +41,9 @@ class StepBatch:
     def last_tokens(self) -> tuple[torch.Tensor, "StepBatch"]:
         """The rows of every sequence's last token, and the step of these alone.
 
-        A prompt's stays one to prefill, with the keys before it, and so keeps its bits. A sequence without tokens,
-        which fills up a graph, gets a row, any, that attends as its `kv_len` of 1 says.
+        A prompt's stays one to prefill, with the keys before it, and so keeps its bits. All rows of decoding stay,
+        so that a decoded sequence has no new keys but theirs, as `attend` wants it. A sequence without tokens, which
+        fills up a graph, gets a row, any, that attends to one key, as its `kv_len` says.
         """
         rows = self.query_start[1:] - 1
         alone = replace(
