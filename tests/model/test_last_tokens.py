@@ -18,6 +18,32 @@ def last_of_all(model, batch, pool) -> torch.Tensor:
     return logits_of_all(model, batch, pool)[batch.query_start[1:].long() - 1][batch.logit_rows]
 
 
+def check_nobody_draws(case: Case, monkeypatch) -> None:
+    """All K/V are written, and that is all."""
+    model, spec = case.model, case.spec
+    narrow, kept = model.forward, case.run()
+    whole, called = model.decoder_layer, []
+
+    def counted(layer, *others):
+        called.append(layer.index)
+        return whole(layer, *others)
+
+    def undrawn(batch, pool):
+        if not batch.has_prompts:
+            return narrow(batch, pool)
+        batch.logit_rows = batch.logit_rows[:0]
+        called.clear()
+        monkeypatch.setattr(model, "decoder_layer", counted)
+        out = narrow(batch, pool)
+        monkeypatch.setattr(model, "decoder_layer", whole)
+        assert called == list(range(spec.last_kv_owner)) and out.shape == (0, spec.vocab)
+        return out
+
+    monkeypatch.setattr(model, "forward", undrawn)
+    logits, pool = case.run()
+    assert not differing((kept[0][1:2], pool), (logits[1:2], kept[1]), spec)
+
+
 def check(case: Case, monkeypatch) -> None:
     """Also that so many rows, and no more, went through which layer."""
     model, spec = case.model, case.spec
@@ -52,7 +78,10 @@ def test_same_bits_as_with_every_token(kind, numbers, tmp_path, monkeypatch):
     weights = load(spec, tmp_path, torch.device("cpu"), dtype, "auto", 0)
     if numbers == "fp8":
         weights = quantized(weights, experts=True)
-    check(Case(spec, weights, [1, 9, 40, 2, 17]), monkeypatch)
+    case = Case(spec, weights, [1, 9, 40, 2, 17])
+    check(case, monkeypatch)
+    monkeypatch.undo()
+    check_nobody_draws(case, monkeypatch)
 
 
 @pytest.mark.gpu

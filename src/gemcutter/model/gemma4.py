@@ -48,9 +48,11 @@ class Gemma4:
         next_readers = [*(following.qkv for following in w.layers[1:]), w.head]
         for layer, layer_weights, *following in zip(spec.layers, w.layers, next_norms, next_readers, strict=True):
             if layer.index == last_owner and batch.has_prompts:
-                # All K/V are written now. What comes out of this layer and those behind it is read of each
-                # sequence's last token alone: 26B-A4B's last layer would take 5.5 of 110 ms for 8192 tokens.
+                # The last K/V. What else this layer and those behind it make is read of each sequence's last token
+                # alone (E4B's take 51 of 118 ms for a prompt of 8192), or not at all in the middle of a prompt.
                 self._project(layer, layer_weights, normed, batch, pool)
+                if not len(batch.logit_rows):
+                    return hidden.new_empty(0, spec.vocab)
                 rows, batch = batch.last_tokens()
                 hidden = hidden.index_select(0, rows)
                 normed = rms_norm(hidden, layer_weights.input_norm, spec.eps)
