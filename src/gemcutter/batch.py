@@ -42,7 +42,7 @@ class StepBatch:
         """The rows of every sequence's last token, and the step of these alone.
 
         A prompt's stays one to prefill, with the keys before it, and so keeps its bits. All rows of decoding stay,
-        so that a decoded sequence has no new keys but theirs, as `attend` wants it. A sequence without tokens, which
+        so that a decoded sequence has no new keys but theirs, as `attend` wants it. A sequence without tokens, as
         fills up a graph, gets a row, any, that attends to one key, as its `kv_len` says.
         """
         rows = self.query_start[1:] - 1

@@ -18,32 +18,6 @@ def last_of_all(model, batch, pool) -> torch.Tensor:
     return logits_of_all(model, batch, pool)[batch.query_start[1:].long() - 1][batch.logit_rows]
 
 
-def check_nobody_draws(case: Case, monkeypatch) -> None:
-    """All K/V are written, and that is all."""
-    model, spec = case.model, case.spec
-    narrow, kept = model.forward, case.run()
-    whole, called = model.decoder_layer, []
-
-    def counted(layer, *others):
-        called.append(layer.index)
-        return whole(layer, *others)
-
-    def undrawn(batch, pool):
-        if not batch.has_prompts:
-            return narrow(batch, pool)
-        batch.logit_rows = batch.logit_rows[:0]
-        called.clear()
-        monkeypatch.setattr(model, "decoder_layer", counted)
-        out = narrow(batch, pool)
-        monkeypatch.setattr(model, "decoder_layer", whole)
-        assert called == list(range(spec.last_kv_owner)) and out.shape == (0, spec.vocab)
-        return out
-
-    monkeypatch.setattr(model, "forward", undrawn)
-    logits, pool = case.run()
-    assert not differing((kept[0][1:2], pool), (logits[1:2], kept[1]), spec)
-
-
 def check(case: Case, monkeypatch) -> None:
     """Also that so many rows, and no more, went through which layer."""
     model, spec = case.model, case.spec
@@ -78,10 +52,35 @@ def test_same_bits_as_with_every_token(kind, numbers, tmp_path, monkeypatch):
     weights = load(spec, tmp_path, torch.device("cpu"), dtype, "auto", 0)
     if numbers == "fp8":
         weights = quantized(weights, experts=True)
-    case = Case(spec, weights, [1, 9, 40, 2, 17])
-    check(case, monkeypatch)
-    monkeypatch.undo()
-    check_nobody_draws(case, monkeypatch)
+    check(Case(spec, weights, [1, 9, 40, 2, 17]), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["dense", "ple_shared"])
+@torch.inference_mode()
+def test_in_the_middle_of_prompts_all_ends_with_the_last_kv(kind, tmp_path, monkeypatch):
+    """The tokens decoded after it see the same K/V, and the layers from there on nothing."""
+    tiny_models.make(kind).save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    case = Case(spec, load(spec, tmp_path, torch.device("cpu"), torch.float32, "auto", 0), [9, 40])
+    case.steps = case.steps[:2]
+    (_, want), want_pool = case.run()
+    forward, layer_of, layers = case.model.forward, case.model.decoder_layer, []
+
+    def noted(layer, *others):
+        layers.append(layer.index)
+        return layer_of(layer, *others)
+
+    def undrawn(batch, pool):
+        if batch.has_prompts:
+            batch.logit_rows = batch.logit_rows[:0]
+        return forward(batch, pool)
+
+    monkeypatch.setattr(case.model, "decoder_layer", noted)
+    monkeypatch.setattr(case.model, "forward", undrawn)
+    (nothing, got), pool = case.run()
+    assert nothing.shape == (0, spec.vocab) and nothing.dtype == got.dtype
+    assert not differing(([got], pool), ([want], want_pool), spec)
+    assert layers == [*range(spec.last_kv_owner), *range(len(spec.layers))]
 
 
 @pytest.mark.gpu
