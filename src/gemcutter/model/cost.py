@@ -76,8 +76,8 @@ def step_work(
     sweep it out of the GPU's cache. The head keeps at least 2 bytes, as quantised checkpoints leave it. Activations
     move in no part but the norms, which do little else: there each op reads what it is given and writes what others
     read. FLOPs are 2 per weight and token, and 4 per head dim of every visible (query, key) pair. Once the last K/V
-    are written, the last token alone goes on, from that layer's own queries. Router, sort and the rest have no floor
-    worth a number.
+    are written, the last token alone goes on, from that layer's own queries. Router, sort and the rest have no
+    floor worth a number.
     """
     last_owner = spec.last_kv_owner
     linear_flops = expert_flops = pairs_flops = 0.0
