@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from gemcutter.ops.linear import MOST_STREAMED, linear, linear_launch, linear_reference
 from gemcutter.ops.linear_hopper import loads_by_tma
+from gemcutter.ops.row_blocks import linear_in_blocks
 
 # Weights [N, K] of released layers: qkv, o, gate and up, down, router; the longest sums; odd ones of small models.
 SHAPES = [(8192, 2816), (2816, 8192), (4224, 2816), (2816, 2112), (128, 2816), (5376, 21504), (2560, 10240)]
@@ -27,7 +28,22 @@ def test_is_a_linear_layer(rows, dtype):
         linear(x, weight).double(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
     )
     strided = x.repeat(1, 2)[:, :96] if rows else x  # opcheck cannot copy an empty strided tensor
-    torch.library.opcheck(torch.ops.gemcutter.linear.default, (strided, weight))
+    torch.library.opcheck(torch.ops.gemcutter.linear.default, (strided, weight, None))
+    torch.library.opcheck(torch.ops.gemcutter.linear.default, (strided, weight, weight[:, 0].contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 40])
+def test_bias_is_added_before_the_rounding(rows, dtype):
+    x, weight = case(rows, 70, 96, dtype)
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got, want = linear(x, weight, bias), x.double() @ weight.double().T + bias.double()
+    assert torch.equal(got, linear_in_blocks(x, weight, bias)) and got.dtype == dtype
+    # Half an ulp of the result; a product rounded before the sum is off by up to an ulp of the product more.
+    eps = torch.finfo(dtype).eps
+    assert ((got.double() - want).abs() <= 0.51 * eps * want.abs().clamp(min=1e-3) + 3e-6).all()
+    if rows:
+        assert torch.equal(linear(x[-1:], weight, bias), got[-1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,6 +66,8 @@ def test_refusals():
         ((x, weight[:, :24]), ValueError, "weight has rows of 24: 32 are needed"),
         ((x, weight.float()), TypeError, "both must agree"),
         ((x, weight.repeat(1, 2)[:, :32]), ValueError, "must be dense"),
+        ((x, weight, weight[:, 0].float()), TypeError, "bias is torch.float32"),
+        ((x, weight, weight[:15, 0].contiguous()), ValueError, "bias has shape"),
     ):
         with pytest.raises(error, match=message):
             linear(*arguments)
@@ -69,6 +87,22 @@ def test_gpu_rows_do_not_know_each_other(shape):
         assert not wrong, f"{wrong} elements of {rows} rows depend on their company"
     alone = torch.cat([linear(x[i : i + 1], weight) for i in range(0, 2048, 97)])
     assert torch.equal(alone, crowd[::97])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(14336, 5120), (1152, 256)], ids=str)
+def test_gpu_bias_has_the_same_bits_in_any_crowd(shape):
+    """GLM-4.7's q/k/v, by the kernel of few rows, by the plain one and by cuBLASLt."""
+    x, weight = case(300, *shape, torch.bfloat16, "cuda")
+    bias = torch.randn(shape[0], device="cuda").bfloat16() * 4
+    crowd = linear(x, weight, bias)
+    want = x.double() @ weight.double().T + bias.double()
+    ulp = torch.finfo(torch.bfloat16).eps * want.abs().clamp(min=2**-6)
+    assert ((crowd.double() - want).abs() <= 0.52 * ulp).all(), "rounded more than once"
+    for rows in (1, 5, 16, 17, 33, 64, 65, 200):
+        assert torch.equal(linear(x[:rows], weight, bias), crowd[:rows]), rows
+    odd = torch.empty(64, shape[1] + 1, dtype=x.dtype, device="cuda")[:, : shape[1]].copy_(x[:64])
+    assert not loads_by_tma(odd, weight) and torch.equal(linear(odd, weight, bias), crowd[:64])
 
 
 @pytest.mark.gpu

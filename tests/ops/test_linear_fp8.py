@@ -46,7 +46,21 @@ def test_is_the_product_of_the_quantised(rows, shape, dtype):
         assert pair.dtype == dtype and torch.equal(pair, found)
     if rows:
         for given in ((x, None), quantize_fp8(x)):
-            torch.library.opcheck(torch.ops.gemcutter.linear_fp8.default, (*given, *weight), test_utils=CHECKED)
+            torch.library.opcheck(
+                torch.ops.gemcutter.linear_fp8.default, (*given, *weight, None), test_utils=CHECKED
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_is_added_before_the_rounding(dtype):
+    x, weight = case(21, 70, 96, dtype)
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(1)).to(dtype) * 4
+    found, (want, size) = linear(x, weight, bias), exact(x, weight)
+    want += bias.double()
+    bound = 0.51 * torch.finfo(dtype).eps * want.abs().clamp(min=1e-3) + 1e-6 * size
+    assert ((found.double() - want).abs() <= bound).all()
+    with pytest.raises(TypeError, match="bias is"):
+        linear(x, weight, bias.double())
 
 
 def test_scales_come_in_turn():

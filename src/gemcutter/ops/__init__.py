@@ -6,9 +6,11 @@ them, unless an operation of PyTorch's came after it. (The routing weights that 
 """
 
 from gemcutter.ops.activation import Activation
+from gemcutter.ops.add_norm import Slots, add_norm
 from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
+from gemcutter.ops.float_linear import float_linear
 from gemcutter.ops.gate_up import gate_up
 from gemcutter.ops.geglu import geglu, gelu_mul
 from gemcutter.ops.geglu_fp8 import geglu_fp8
@@ -22,18 +24,24 @@ from gemcutter.ops.qkv_rope_store import QkvMode, qkv_rope_store
 from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8
+from gemcutter.ops.rope_store import rope_store
 from gemcutter.ops.select_experts import select_experts
+from gemcutter.ops.sigmoid_topk import sigmoid_topk
 from gemcutter.ops.sort_by_expert import sort_by_expert
 from gemcutter.ops.swiglu import swiglu
+from gemcutter.ops.t5_norm import t5_norm
 
 __all__ = [
     "Activation",
     "QkvMode",
     "Quantized",
     "Routed",
+    "Slots",
+    "add_norm",
     "attention_seam",
     "embed",
     "experts",
+    "float_linear",
     "gate_up",
     "geglu",
     "geglu_fp8",
@@ -48,8 +56,11 @@ __all__ = [
     "quantize_fp8",
     "rms_norm",
     "rms_norm_fp8",
+    "rope_store",
     "select_experts",
+    "sigmoid_topk",
     "softcap_",
     "sort_by_expert",
     "swiglu",
+    "t5_norm",
 ]

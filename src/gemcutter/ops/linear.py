@@ -1,9 +1,10 @@
-"""Linear layer whose rows do not know each other: x @ weight.T with one order of summation.
+"""Linear layer whose rows do not know each other: x @ weight.T (+ bias) with one order of summation.
 
 The sum over K runs in ascending steps of 16, the depth of one tensor core instruction, into one float32
 accumulator from beginning to end; nothing splits it. Hopper's tensor cores then give the same bits whatever the
 tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a kernel of ours that streams the
 weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
+A bias is added to the accumulator, before the one rounding.
 
 On a CPU the reference multiplies 16 rows at a time (`row_blocks.py`). Weights in FP8 are `linear_fp8.py`'s.
 """
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from gemcutter.ops.arguments import check_matrix
+from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 from gemcutter.ops.linear_fp8 import linear_fp8
@@ -28,13 +29,16 @@ MOST_STREAMED = 64
 FEW_PROGRAMS = 66
 
 
-def linear(x: torch.Tensor | Quantized, weight: torch.Tensor | Quantized) -> torch.Tensor:
+def linear(
+    x: torch.Tensor | Quantized, weight: torch.Tensor | Quantized, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Multiply each row by the transposed weight.
 
     Args:
         x: [T, K] of float32, bfloat16 or float16; dense rows, row stride free. T may be 0. For a weight in FP8 also
             its `quantize_fp8`, which gives the same bits.
         weight: [N, K] of x's dtype, dense; or in FP8, q [N, K] and scale [N, 1], one for each output channel.
+        bias: [N] of the result's dtype, dense, or None.
 
     Returns:
         [T, N] of x's dtype, bfloat16 of a pair's; a row's bits a function of that row alone. On a CPU also of the
@@ -44,26 +48,28 @@ def linear(x: torch.Tensor | Quantized, weight: torch.Tensor | Quantized) -> tor
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
     if isinstance(weight, Quantized):
-        return linear_fp8(x, weight)
+        return linear_fp8(x, weight, bias)
     if isinstance(x, Quantized):
         raise TypeError(f"x is quantised, weight is {weight.dtype}: give x as it was, or a quantised weight")
-    return _linear(x, weight)
+    return _linear(x, weight, bias)
 
 
-def check_linear(x: torch.Tensor, weight: torch.Tensor) -> None:
+def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     check_matrix("x", x)
     check_matrix("weight", weight, width=x.shape[1])
     if weight.dtype != x.dtype or weight.device != x.device:
         raise TypeError(f"weight is {weight.dtype} on {weight.device}, x {x.dtype} on {x.device}: both must agree")
     if not weight.is_contiguous():
         raise ValueError(f"weight has strides {weight.stride()}: it must be dense; call .contiguous()")
+    if bias is not None:
+        check_weight("bias", bias, len(weight), x)
 
 
-def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not x.is_cuda:
-        return linear_in_blocks(x, weight)
+        return linear_in_blocks(x, weight, bias)
     if x.dtype == torch.float32:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     before = torch.backends.cuda.preferred_blas_library()
     half = torch.backends.cuda.matmul
     name = f"allow_{'bf16' if x.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
@@ -71,7 +77,7 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     try:
         torch.backends.cuda.preferred_blas_library("cublaslt")
         setattr(half, name, (False, False))
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     finally:
         setattr(half, name, allowed)
         torch.backends.cuda.preferred_blas_library(before)
@@ -79,7 +85,7 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_kernel(
-    x_ptr, weight_ptr, out_ptr, tokens, x_stride,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, tokens, x_stride,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -102,23 +108,33 @@ def _linear_kernel(
             w = tl.load(weight_at + begin, mask=inside, other=0.0)
             x = tl.load(x_at + begin, mask=inside & held, other=0.0)
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
     at = out_ptr + token[None, :].to(tl.int64) * N + column[:, None]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[None, :] & (column < N)[:, None])
 
 
-def linear_launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    (tokens, depth), columns = x.shape, weight.shape[0]
+def linear_launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    tokens, columns = len(x), len(weight)
     programs = triton.cdiv(columns, ROWS) * triton.cdiv(tokens, MOST_STREAMED)
     if tokens > MOST_STREAMED and programs > FEW_PROGRAMS and x.dtype != torch.float32:
-        return linear_reference(x, weight)
+        return linear_reference(x, weight, bias)
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
+    launch_kernel(x, weight, bias, out)
+    return out
+
+
+def launch_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """One of our two kernels, whatever the number of rows; out may be of another float dtype than x."""
+    (tokens, depth), columns = x.shape, weight.shape[0]
     if tokens and loads_by_tma(x, weight):
-        stream(x, weight, out)
+        stream(x, weight, out, bias)
     elif tokens:
         tile = linear_tile(x.dtype, tokens)
         grid = triton.cdiv(columns, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_T"])
-        _linear_kernel[grid](x, weight, out, tokens, x.stride(0), N=columns, K=depth, **tile, **chained(x))
-    return out
+        _linear_kernel[grid](
+            x, weight, bias, out, tokens, x.stride(0), N=columns, K=depth, **tile, **chained(x)
+        )  # fmt: skip
 
 
 def linear_tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
@@ -130,11 +146,11 @@ def linear_tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
     return dict(BLOCK_N=64, BLOCK_T=32 if tokens <= 32 else 64, BLOCK_K=128, num_warps=4, num_stages=6)
 
 
-def linear_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 _linear = define(
-    "linear(Tensor x, Tensor weight) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     check=check_linear, reference=linear_reference, launch=linear_launch, fake=linear_fake,
 )  # fmt: skip

@@ -28,7 +28,7 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 @gluon.jit
 def _stream_kernel(
-    weight_desc, x_desc, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
+    weight_desc, x_desc, bias_ptr, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     first, first_token = gl.program_id(0) * ROWS, gl.program_id(1) * BLOCK_T
@@ -76,8 +76,10 @@ def _stream_kernel(
 
     column = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token = first_token + gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
+    if bias_ptr is not None:
+        acc += gl.load(bias_ptr + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
     at = out_ptr + token[None, :].to(gl.int64) * N + column[:, None]
-    gl.store(at, acc.to(dtype), mask=(token < tokens)[None, :] & (column < N)[:, None])
+    gl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[None, :] & (column < N)[:, None])
 
 
 def loads_by_tma(*matrices: torch.Tensor) -> bool:
@@ -89,12 +91,15 @@ def loads_by_tma(*matrices: torch.Tensor) -> bool:
     return aligned and torch.cuda.get_device_capability(first.device) == (9, 0)
 
 
-def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """x [T, K], weight [N, K] -> out [T, N]. More than 64 rows stream the weights once for every 64."""
+def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """x [T, K], weight [N, K], bias [N] -> out [T, N], of any float dtype.
+
+    More than 64 rows stream the weights once for every 64.
+    """
     (tokens, depth), columns = x.shape, weight.shape[0]
     block_t, block_k, stages = stream_tile(tokens)
     _stream_kernel[(triton.cdiv(columns, ROWS), triton.cdiv(tokens, block_t))](
-        descriptor(weight, [ROWS, block_k]), descriptor(x, [block_t, block_k]), out, tokens,
+        descriptor(weight, [ROWS, block_k]), descriptor(x, [block_t, block_k]), bias, out, tokens,
         N=columns, K=depth, ROWS=ROWS, BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -52,8 +52,9 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float)
 def _rms_norm_kernel(
     x_ptr, weight_ptr, y_ptr, outer_stride, inner_stride, inner, rows, eps,
     H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    TWICE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    """TWICE: rounded before the weight too, as `t5_norm.py` has it."""
     # Rows are counted in int32: 2^31 of them, read and written, would not fit a GPU's memory.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     real = row < rows if ROWS > 1 else None
@@ -67,6 +68,8 @@ def _rms_norm_kernel(
     ys = ()
     for part in tl.static_range(PARTS):
         y = xs[part].to(tl.float32) * factor
+        if TWICE:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         if WEIGHTED:
             y *= weight[part].to(tl.float32)
         ys += (y,)
@@ -74,6 +77,10 @@ def _rms_norm_kernel(
 
 
 def rms_norm_launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return launch_norm(x, weight, eps, twice=False)
+
+
+def launch_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, twice: bool) -> torch.Tensor:
     width = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = y.numel() // width
@@ -86,7 +93,7 @@ def rms_norm_launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) ->
     tile = norm_tile(width, rows)
     _rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         x, weight, y, x.stride(0), x.stride(1), x.shape[1], rows, eps,
-        H=width, WEIGHTED=weight is not None, **tile, **chained(y),
+        H=width, WEIGHTED=weight is not None, TWICE=twice, **tile, **chained(y),
     )  # fmt: skip
     return y
 

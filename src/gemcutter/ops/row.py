@@ -83,6 +83,16 @@ def normed(xs, factor, weights):
 
 
 @triton.jit
+def normed_twice(xs, factor, weights):
+    """x * factor rounded to x's dtype, * weight rounded again."""
+    ys = normed(xs, factor, None)
+    zs = ()
+    for part in tl.static_range(len(xs)):
+        zs += ((ys[part].to(tl.float32) * weights[part].to(tl.float32)).to(xs[part].dtype),)
+    return zs
+
+
+@triton.jit
 def added(xs, ys):
     zs = ()
     for part in tl.static_range(len(xs)):

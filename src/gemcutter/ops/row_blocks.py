@@ -10,10 +10,10 @@ import torch.nn.functional as F
 ROWS = 16  # a tile of AMX, where 16 rows of bf16 cost what one does
 
 
-def linear_in_blocks(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T by products of one shape and one alignment."""
+def linear_in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias by products of one shape and one alignment."""
     rows = len(x)
     padded = x.new_zeros(-(-rows // ROWS) * ROWS, x.shape[1])
     padded[:rows] = x
-    out = [F.linear(block, weight) for block in padded.split(ROWS)]
+    out = [F.linear(block, weight, bias) for block in padded.split(ROWS)]
     return out[0][:rows] if len(out) == 1 else torch.cat(out)[:rows]

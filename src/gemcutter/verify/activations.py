@@ -7,21 +7,19 @@ from gemcutter.ops.geglu_fp8 import geglu_fp8_launch, geglu_fp8_reference
 from gemcutter.ops.logits import softcap_launch_, softcap_reference_
 from gemcutter.ops.quantize_fp8 import quantize_fp8_launch, quantize_fp8_reference
 from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8_launch, rms_norm_fp8_reference
-from gemcutter.ops.swiglu import swiglu_launch, swiglu_reference
 from gemcutter.verify import cuda_arithmetic
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw
-from gemcutter.verify.shapes import EPS, MODELS, PER_LAYER, VOCABULARY, Model
+from gemcutter.verify.shapes import EPS, GEMMA, MODELS, PER_LAYER, VOCABULARY, Model
 
 
 def activation_cases() -> list[Case]:
     cases = []
-    for model in MODELS:
-        gated = _geglu if model.is_gemma else _swiglu
+    for model in GEMMA:
         for width in model.mlp:
-            cases.append(gated(f"{model.name} width {width}", width))
+            cases.append(_geglu(f"{model.name} width {width}", width))
         if model.experts:
-            cases.append(gated(f"{model.name} expert width {model.experts.width}", model.experts.width))
+            cases.append(_geglu(f"{model.name} expert width {model.experts.width}", model.experts.width))
         if model.per_layer:
             cases.append(_gate(model))
     cases.append(
@@ -44,6 +42,8 @@ def fp8_cases() -> list[Case]:
     for model in MODELS:
         shape, width = f"{model.name} hidden {model.hidden}", model.hidden
         cases.append(_quantize(shape, width))
+        if model not in GEMMA:
+            continue
         cases += [_norm_fp8(shape, width, added) for added in (False, True)]
         for width in model.mlp:
             cases.append(_geglu(f"{model.name} width {width}", width, fp8=True))
@@ -60,13 +60,6 @@ def _geglu(shape: str, width: int, fp8: bool = False) -> Case:
     return Case(
         op, shape, lambda draw: (draw.rows(2 * width),), launch, reference,
         lambda rows: rows * (2 * width * 2 + written), stand_in=stand_in,
-    )  # fmt: skip
-
-
-def _swiglu(shape: str, width: int) -> Case:
-    return Case(
-        "swiglu", shape, lambda draw: (draw.rows(2 * width),), swiglu_launch, swiglu_reference,
-        lambda rows: 3 * rows * width * 2, stand_in=cuda_arithmetic.swiglu,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from gemcutter.ops.qkv_rope_store import (
 from gemcutter.verify.case import Case
 from gemcutter.verify.compare import POISON
 from gemcutter.verify.inputs import Draw
-from gemcutter.verify.shapes import EPS, MODELS, Attention
+from gemcutter.verify.shapes import EPS, GEMMA, Attention
 
 CONTEXT = 4096  # rows of the rope tables
 PAGE = 16
@@ -21,7 +21,7 @@ PAGE = 16
 
 def attention_cases() -> list[Case]:
     cases = []
-    for model in MODELS:
+    for model in GEMMA:
         for layer in model.attention:
             shape = f"{model.name} {layer.kind} {layer.heads}/{layer.kv_heads} x {layer.head_dim}"
             cases.append(_entry(shape, layer))

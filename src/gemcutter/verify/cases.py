@@ -12,13 +12,14 @@ from gemcutter.verify.activations import activation_cases, fp8_cases
 from gemcutter.verify.attention import attention_cases
 from gemcutter.verify.case import Case
 from gemcutter.verify.embeddings import embedding_cases
+from gemcutter.verify.glm import glm_cases
 from gemcutter.verify.norms import norm_cases
 from gemcutter.verify.routing import routing_cases
 
 
 def all_cases() -> list[Case]:
     """In bfloat16, an op's shapes together; and in float32 and float16 an op's first."""
-    families = norm_cases, attention_cases, routing_cases, activation_cases, embedding_cases, fp8_cases
+    families = norm_cases, attention_cases, routing_cases, activation_cases, embedding_cases, fp8_cases, glm_cases
     by_op: dict[str, list[Case]] = {}
     for family in families:
         for case in family():

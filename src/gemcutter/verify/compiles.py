@@ -28,6 +28,7 @@ from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.experts import experts_launch
 from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream_hopper import stream_experts
+from gemcutter.ops.float_linear import float_linear_launch
 from gemcutter.ops.gate_up_hopper import stream_gate_up
 from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_hopper import stream
@@ -82,6 +83,7 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         functools.partial(_stream_experts, rows, act) for rows in (1, 16) for act in Activation
     ]
     found["gate_up_hopper"] = [functools.partial(_gate_up, rows, count) for rows in (1, 16) for count in (0, 128)]
+    found["float_linear"] = [functools.partial(_float_linear, rows) for rows in (1, 100)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
@@ -133,6 +135,12 @@ def _stream_experts(
 def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     linear_launch(half(rows, depth), half(columns, depth))
+    linear_launch(half(rows, depth), half(columns, depth), half(columns))
+
+
+def _float_linear(rows: int, depth: int = 5120, columns: int = 160) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    float_linear_launch(half(rows, depth), half(columns, depth))
 
 
 def _gate_up(rows: int, count: int, depth: int = 2816, width: int = 2112) -> None:
@@ -145,6 +153,7 @@ def _gate_up(rows: int, count: int, depth: int = 2816, width: int = 2112) -> Non
 def _stream(rows: int, depth: int = 2816, columns: int = 2112) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     stream(half(rows, depth), half(columns, depth), half(rows, columns))
+    stream(half(rows, depth), half(columns, depth), half(rows, columns), half(columns))
 
 
 def _attend(

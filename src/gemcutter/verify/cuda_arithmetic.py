@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gemcutter.ops.quantize_fp8 import quantize_fp8_reference
+from gemcutter.ops.sigmoid_topk import choose
 from gemcutter.verify.floats import fma, whole_vectors
 
 
@@ -30,6 +31,13 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, -1)
     x = gate.float()
     return (x / (1.0 + whole_vectors(torch.exp, -x))).to(gate.dtype) * up
+
+
+def sigmoid_topk(
+    logits: torch.Tensor, correction: torch.Tensor, top_k: int, renormalise: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = 1.0 / (1.0 + whole_vectors(torch.exp, -logits))
+    return choose(scores, correction, top_k, renormalise, scale)
 
 
 def softcap_(x: torch.Tensor, cap: float) -> None:

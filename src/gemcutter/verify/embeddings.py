@@ -4,12 +4,12 @@ from gemcutter.ops.embed import embed_launch, embed_reference
 from gemcutter.ops.per_layer_inputs import per_layer_inputs_launch, per_layer_inputs_reference
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw
-from gemcutter.verify.shapes import EPS, MODELS, PER_LAYER, Model
+from gemcutter.verify.shapes import EPS, GEMMA, PER_LAYER, Model
 
 
 def embedding_cases() -> list[Case]:
-    cases = [_embed(model) for model in MODELS if model.is_gemma]
-    return cases + [_per_layer(model) for model in MODELS if model.per_layer]
+    cases = [_embed(model) for model in GEMMA]
+    return cases + [_per_layer(model) for model in GEMMA if model.per_layer]
 
 
 def _vocabulary(draw: Draw) -> int:

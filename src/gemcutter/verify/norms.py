@@ -5,15 +5,15 @@ from gemcutter.ops.layer_seam import layer_seam_launch, layer_seam_reference
 from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw
-from gemcutter.verify.shapes import EPS, MODELS, PER_LAYER, Model
+from gemcutter.verify.shapes import EPS, GEMMA, PER_LAYER, Model
 
 
 def norm_cases() -> list[Case]:
-    cases = [_norm(f"{model.name} hidden {model.hidden}", model.hidden) for model in MODELS]
+    cases = [_norm(f"{model.name} hidden {model.hidden}", model.hidden) for model in GEMMA]
     cases += [_norm(f"head {head_dim}", 8, head_dim) for head_dim in (512, 256, 128)]
     cases.append(_norm("head 256 no weight", 8, 256, weighted=False))
     cases.append(_norm(f"E4B per-layer {PER_LAYER}", 42, PER_LAYER))
-    for model in MODELS:
+    for model in GEMMA:
         cases.append(_attention_seam(model))
         if model.per_layer:  # before and after the per-layer input
             cases.append(_layer_seam(model, last=False))

@@ -5,13 +5,14 @@ from gemcutter.ops.sort_by_expert import sort_by_expert_launch, sort_by_expert_r
 from gemcutter.verify import cuda_arithmetic
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw
-from gemcutter.verify.shapes import MODELS, Experts
+from gemcutter.verify.shapes import GEMMA, GLM, Experts
 
 
 def routing_cases() -> list[Case]:
-    shapes = [(model.name, model.experts) for model in MODELS if model.experts]
+    shapes = [(model.name, model.experts) for model in GEMMA if model.experts]
     shapes.append(("widest", Experts(1024, 32, 0)))
-    return [case for name, experts in shapes for case in (_selection(name, experts), _sort(name, experts))]
+    cases = [case for name, experts in shapes for case in (_selection(name, experts), _sort(name, experts))]
+    return [*cases, _sort(GLM.name, GLM.experts)]
 
 
 def _selection(name: str, experts: Experts) -> Case:

@@ -1,4 +1,4 @@
-"""The released widths that ops are held to, as data: the five Gemma 4, and GLM-4.7 for what it shares with them."""
+"""The released widths that ops are held to, as data: the five Gemma 4, and GLM-4.7."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,6 @@ class Model(NamedTuple):
     attention: tuple[Attention, ...]
     experts: Experts | None = None
     per_layer: bool = False
-    is_gemma: bool = True
 
 
 def _gemma_attention(heads: int, sliding: int, full: int, mode: QkvMode) -> tuple[Attention, ...]:
@@ -53,7 +52,7 @@ def _readers_of_shared(heads: int) -> tuple[Attention, ...]:
     )
 
 
-MODELS = (
+GEMMA = (
     Model(
         "E2B", 1536, 35, (6144, 12_288),
         _gemma_attention(8, 1, 1, QkvMode.QKV) + _readers_of_shared(8), per_layer=True,
@@ -67,8 +66,8 @@ MODELS = (
         "26B-A4B", 2816, 30, (2112,), _gemma_attention(16, 8, 2, QkvMode.Q_KEQV), experts=Experts(128, 8, 704)
     ),
     Model("31B", 5376, 60, (21_504,), _gemma_attention(32, 16, 4, QkvMode.Q_KEQV)),
-    Model(
-        "GLM-4.7", 5120, 92, (12_288,), (Attention("full", 96, 8, 128, 64, QkvMode.QKV),),
-        experts=Experts(160, 8, 1536), is_gemma=False,
-    ),
 )  # fmt: skip
+GLM = Model(
+    "GLM-4.7", 5120, 92, (12_288,), (Attention("full", 96, 8, 128, 32, QkvMode.QKV),), experts=Experts(160, 8, 1536)
+)  # fmt: skip
+MODELS = (*GEMMA, GLM)
