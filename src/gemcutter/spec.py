@@ -96,6 +96,11 @@ class ModelSpec:
         """The sliding window, the same in every sliding layer; None for a model without any."""
         return next((layer.window for layer in self.layers if layer.kind is Kind.SLIDING), None)
 
+    @property
+    def last_kv_owner(self) -> int:
+        """The last layer that writes K/V. From its attention on, tokens that draw nothing are of no use."""
+        return max(layer.kv_owner for layer in self.layers)
+
     def kv_owners(self, kind: Kind) -> Iterator[LayerSpec]:
         """Layers of this kind that write K/V, in order. Shared layers own nothing and cost no cache."""
         return (layer for layer in self.layers if layer.owns_kv and layer.kind is kind)

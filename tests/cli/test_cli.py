@@ -341,7 +341,7 @@ def test_info_of_the_26b(folder, capsys):
     assert "20 KiB a token in full layers" in out and "200 KiB a token in sliding layers, for 1024" in out
     decode = next(row for row in table if row[0] == "32768" and len(row) == 5)
     assert decode[1] == "1.94"
-    assert ["1024", "11.5"] in table and ["32768", "379.5"] in table
+    assert ["1024", "11.2"] in table and ["32768", "348.3"] in table
     each = 32_768 * 20 * 1024 + 1024 * 200 * 1024
     fits = int((141e9 - 2 * 25_233_142_046) // each)
     assert ["32768", "880.80 MB", str(fits), str(fits * 32_768)] in table

@@ -8,8 +8,13 @@ import released
 import torch
 
 from gemcutter.batch import KindBatch, StepBatch
+from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.dummy import dummy_weights
+from gemcutter.model.gemma4 import Gemma4
+from gemcutter.ops.embed import embed
+from gemcutter.ops.logits import logits
+from gemcutter.ops.rms_norm import rms_norm
 
 S, F = "sliding_attention", "full_attention"
 PAGE = 16
@@ -66,9 +71,22 @@ def step_batch(token_ids: torch.Tensor, chunks: list[tuple[int, int]], tables: d
         positions=positions.to(device),
         query_start=torch.tensor(ends, dtype=torch.int32, device=device),
         kv_len=torch.tensor([stop for _, stop in chunks], dtype=torch.int32, device=device),
-        logit_rows=torch.tensor(ends[1:] - 1, device=device),
+        logit_rows=torch.arange(len(chunks), device=device),
         kinds=kinds,
         num_decodes=lengths.count(1),
         max_query_len=max((length for length in lengths if length > 1), default=0),
         max_kv_len=max(stop for _, stop in chunks),
     )
+
+
+def logits_of_all(model: Gemma4, batch: StepBatch, pool: KVPool) -> torch.Tensor:
+    """[T, V], of every token: each goes through every layer."""
+    spec, w = model.spec, model.weights
+    hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
+    per_layer = model._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
+    normed = rms_norm(hidden, w.layers[0].input_norm, spec.eps)
+    readers = [*((after.input_norm, after.qkv) for after in w.layers[1:]), (w.norm, w.head)]
+    for layer, layer_weights, reader in zip(spec.layers, w.layers, readers, strict=True):
+        own = per_layer[:, layer.index] if per_layer is not None else None
+        hidden, normed = model.decoder_layer(layer, layer_weights, *reader, hidden, normed, own, batch, pool)
+    return logits(normed, w.head, spec.softcap)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import tiny_models
 import torch
-from forward import PAGE, step_batch
+from forward import PAGE, logits_of_all, step_batch
 from fp8_weights import LINEARS, quantized
 
 from gemcutter.cache.layout import CacheLayout
@@ -32,8 +32,7 @@ def logits(spec, weights, ids: torch.Tensor) -> torch.Tensor:
     pool = KVPool(spec, layout, dict.fromkeys(layout.kinds, pages + 1), weights.embed.dtype, torch.device("cpu"))
     tables = {kind: 1 + torch.arange(pages, dtype=torch.int32)[None].numpy() for kind in layout.kinds}
     batch = step_batch(ids, [(0, len(ids))], tables)
-    batch.logit_rows = torch.arange(len(ids))
-    return Gemma4(spec, weights, 512).forward(batch, pool)
+    return logits_of_all(Gemma4(spec, weights, 512), batch, pool)
 
 
 def ids_of(spec, length: int, seed: int = 3) -> torch.Tensor:

@@ -59,7 +59,6 @@ class Case:
             count = sum(stop - start for start, stop in chunks)
             ids = torch.randint(self.spec.vocab, (count,), generator=generator).to(self.device)
             batch = step_batch(ids, chunks, self.tables)
-            batch.logit_rows = torch.arange(count, device=self.device)
             logits.append(self.model.forward(batch, pool))
         return logits, pool
 

@@ -123,7 +123,7 @@ def check(batch, plan, ledger, bucket, padded, truth) -> None:
     slots = {kind: [] for kind in batch.kinds}
     for i, chunk in enumerate(rows):
         empty = isinstance(chunk, range)
-        assert batch.query_start[i] == len(tokens) and batch.kv_len[i] == chunk.stop
+        assert batch.query_start[i] == len(tokens) and batch.kv_len[i] == max(chunk.stop, 1)
         for position in range(chunk.start, chunk.stop):
             tokens.append(0 if empty else truth[chunk.sequence.id][position])
             positions.append(position)
@@ -132,7 +132,7 @@ def check(batch, plan, ledger, bucket, padded, truth) -> None:
                 assert empty or page != 0, "a token of the step has no page"
                 slots[kind].append(page * PAGE + position % PAGE)
         if not empty and chunk.samples:
-            sampled.append(len(tokens) - 1)
+            sampled.append(i)
         for kind, where in batch.kinds.items():
             held = -(-chunk.stop // PAGE)
             row = np.zeros(held, np.int32) if empty else ledger.table(chunk.sequence.id, kind)
@@ -143,7 +143,7 @@ def check(batch, plan, ledger, bucket, padded, truth) -> None:
     assert batch.query_start[-1] == len(tokens) == bucket.tokens
     assert batch.logit_rows[: len(sampled)].tolist() == sampled
     assert len(batch.logit_rows) == (bucket.rows if padded else len(sampled))
-    assert all(0 <= row < len(tokens) for row in batch.logit_rows.tolist())
+    assert all(0 <= row < bucket.rows for row in batch.logit_rows.tolist())
     assert all(batch.kinds[kind].slots.tolist() == slots[kind] for kind in slots)
     assert batch.num_decodes == bucket.decodes
     longest = max((chunk.stop - chunk.start for chunk in rows[bucket.decodes :]), default=0)

@@ -51,7 +51,7 @@ def prefill_roofline(
 ) -> Roofline:
     """Of all steps until every request has a token."""
     work = cost.step_work(spec, batch, input_len, input_len, element, element)
-    moved = cost.decode_bytes(spec, batch * input_len, 0, element, element)  # the weights, once
+    moved = cost.prefill_bytes(spec, batch, input_len, element)
     flops = sum(part.flops for part in work.values())
     return Roofline(_rows(work, latency.prefill, 1, ceiling), Work(moved, flops).seconds(*ceiling), latency.ttft)
 

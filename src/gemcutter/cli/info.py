@@ -145,7 +145,7 @@ def _prefill_floors(spec: ModelSpec, flops: float, bandwidth: float | None) -> l
     for tokens in _contexts(spec):
         seconds = cost.prefill_flops(spec, tokens) / flops
         if bandwidth:
-            seconds = max(seconds, cost.decode_bytes(spec, tokens, 0, _element(spec), _element(spec)) / bandwidth)
+            seconds = max(seconds, cost.prefill_bytes(spec, 1, tokens, _element(spec)) / bandwidth)
         table.add_row(f"{tokens}", f"{1e3 * seconds:.1f}")
     at = f"{flops / 1e12:g} TFLOP/s" + (f" and {bandwidth / 1e12:g} TB/s" if bandwidth else "")
     return [f"Prefill floor of one prompt at {at}:", table]

@@ -75,16 +75,16 @@ def step_work(
     in `weight_bytes`. K/V moves once per layer that reads it, for the weights between two layers that share K/V
     sweep it out of the GPU's cache. The head keeps at least 2 bytes, as quantised checkpoints leave it. Activations
     move in no part but the norms, which do little else: there each op reads what it is given and writes what others
-    read. FLOPs are 2 per weight and token, and 4 per head dim of every visible (query, key) pair. Layers behind the
-    last one that writes K/V serve the last token only. Router, sort and the rest have no floor worth a number.
+    read. FLOPs are 2 per weight and token, and 4 per head dim of every visible (query, key) pair. Once the last K/V
+    are written, the last token alone goes on, from that layer's own queries. Router, sort and the rest have no
+    floor worth a number.
     """
-    writers = 1 + max(layer.index for layer in spec.layers if layer.owns_kv)
-    tokens = batch * new
+    last_owner = spec.last_kv_owner
     linear_flops = expert_flops = pairs_flops = 0.0
     expert_bytes = kv = activations = 0.0
     for layer in spec.layers:
-        queries = new if layer.index < writers else 1
-        linear_flops += 2 * _layer_matrices(spec, layer) * batch * queries
+        queries = new if layer.index < last_owner else 1
+        linear_flops += 2 * (_layer_matrices(spec, layer) + spec.ple_width * spec.hidden) * batch * queries
         pairs = _pairs(context, layer.window) - _pairs(context - queries, layer.window)
         pairs_flops += 4 * layer.q_width * batch * pairs
         kv += 2 * layer.kv_width * batch * min(context, queries + (layer.window or context) - 1)
@@ -92,12 +92,14 @@ def step_work(
         seams = 8 if layer.experts is None else 10 + layer.experts.top_k
         stored = 2 * layer.kv_width if layer.owns_kv else 0
         activations += batch * queries * (layer.qkv_width + layer.q_width + stored + seams * spec.hidden)
+        if layer.index == last_owner:
+            others = batch * (new - queries)
+            linear_flops += 2 * spec.hidden * (layer.qkv_width - layer.q_width) * others
+            activations += (layer.qkv_width - layer.q_width + stored) * others
         if layer.experts:
             expert = _expert_matrices(spec, layer)
             expert_flops += 2 * layer.experts.top_k * expert * batch * queries
             expert_bytes += _touched(layer, batch * queries) * _expert_bytes(spec, layer, weight_bytes)
-    if spec.ple_width:
-        linear_flops += 2 * tokens * len(spec.layers) * spec.ple_width * spec.hidden
     vectors = _vectors(spec)
     table = spec.vocab * spec.hidden
     return {
@@ -114,8 +116,16 @@ def decode_bytes(spec: ModelSpec, batch: int, context: int, weight_bytes: float,
 
     Weights, K/V and the rows of the embeddings, which keep at least 2 bytes, as the head does; no activations.
     """
-    work = step_work(spec, batch, 1, context, weight_bytes, kv_element_bytes)
-    rows = batch * (spec.hidden + (len(spec.layers) * spec.ple_width)) * max(2.0, weight_bytes)
+    return _moved(spec, step_work(spec, batch, 1, context, weight_bytes, kv_element_bytes), batch, weight_bytes)
+
+
+def prefill_bytes(spec: ModelSpec, batch: int, tokens: int, weight_bytes: float) -> float:
+    """Bytes that `batch` prompts of `tokens` each move in one step: as in a decode step, but no K/V."""
+    return _moved(spec, step_work(spec, batch, tokens, tokens, weight_bytes, 0), batch * tokens, weight_bytes)
+
+
+def _moved(spec: ModelSpec, work: dict[Part, Work], tokens: int, weight_bytes: float) -> float:
+    rows = tokens * (spec.hidden + (len(spec.layers) * spec.ple_width)) * max(2.0, weight_bytes)
     moved = sum(part.bytes for name, part in work.items() if name is not Part.NORMS)
     return moved + _vectors(spec) * weight_bytes + rows
 

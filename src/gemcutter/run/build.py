@@ -121,9 +121,10 @@ class StepBuilder:
         parts.positions[:] = np.arange(shape.tokens) + (start - query_start[:-1])[sequence_of]
         rows = [i for i, c in enumerate(decodes) if c.samples]
         rows += [bucket.decodes + i for i, c in enumerate(prefills) if c.samples]
-        parts.logit_rows[: len(rows)] = query_start[1:][rows] - 1
+        parts.logit_rows[: len(rows)] = rows
         parts.logit_rows[len(rows) :] = 0
-        parts.query_start[:], parts.kv_len[:] = query_start, stop
+        parts.query_start[:] = query_start
+        parts.kv_len[:] = np.maximum(stop, 1)  # for StepBatch.last_tokens
         self._write_places(parts, plan, bucket, sequence_of)
         self._sent[: shape.length].copy_(host, non_blocking=True)
         return shape

@@ -7,6 +7,8 @@ from gemcutter.batch import KindBatch, StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.gemma4 import Gemma4
 
+PROMPTS = 128  # at most, and half as many as tokens: layers that see last tokens only get as many rows
+
 
 @torch.inference_mode()
 def warm_up(model: Gemma4, pool: KVPool, max_tokens: int, page_size: int, progress: bool) -> None:
@@ -16,22 +18,24 @@ def warm_up(model: Gemma4, pool: KVPool, max_tokens: int, page_size: int, progre
     """
     sizes = [2**i for i in range(1, max_tokens.bit_length())]
     for size in track(sizes, "Compiling kernels", disable=not progress, transient=True):
-        model.forward(_prompt(model, size, page_size), pool)
+        model.forward(_prompts(model, min(size // 2, PROMPTS), size, page_size), pool)
     torch.cuda.synchronize(model.weights.embed.device)
 
 
-def _prompt(model: Gemma4, size: int, page_size: int) -> StepBatch:
-    device = model.weights.embed.device
+def _prompts(model: Gemma4, count: int, size: int, page_size: int) -> StepBatch:
+    """So many prompts, powers of two, of `size` tokens together."""
+    device, each = model.weights.embed.device, size // count
     zeros = torch.zeros(size, dtype=torch.int64, device=device)
-    where = KindBatch(pages=torch.zeros(1, -(-size // page_size), dtype=torch.int32, device=device), slots=zeros)
+    pages = torch.zeros(count, -(-each // page_size), dtype=torch.int32, device=device)
+    where = KindBatch(pages=pages, slots=zeros)
     return StepBatch(
         token_ids=zeros,
-        positions=torch.arange(size, device=device),
-        query_start=torch.tensor([0, size], dtype=torch.int32, device=device),
-        kv_len=torch.tensor([size], dtype=torch.int32, device=device),
+        positions=torch.arange(each, device=device).repeat(count),
+        query_start=torch.arange(0, size + 1, each, dtype=torch.int32, device=device),
+        kv_len=torch.full((count,), each, dtype=torch.int32, device=device),
         logit_rows=zeros[:1],
         kinds={layer.kind: where for layer in model.spec.layers},
         num_decodes=0,
-        max_query_len=size,
-        max_kv_len=size,
+        max_query_len=each,
+        max_kv_len=each,
     )
