@@ -244,7 +244,9 @@ def test_dummy_weights_and_chunks(capsys):
                            "--output-len", "2", "--chunked-prefill-size", "20")  # fmt: skip
     parts = {row["part"]: row for row in got["prefill"]["parts"]}
     assert status == 0 and E not in parts and R not in parts
-    assert parts[H]["launches"] == 2 * 3, "three chunks of 20, 20 and 10 tokens"
+    # Three chunks of 20, 20 and 10 tokens, one after the other through three layers, the fourth's K/V and the
+    # projection of the per-layer inputs. The last one's last token goes on through five layers and the head.
+    assert parts[L]["launches"] == 3 * (3 * 6 + 1 + 1) + 5 * 6 and parts[H]["launches"] == 2
 
 
 @pytest.mark.parametrize(
