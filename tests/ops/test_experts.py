@@ -9,7 +9,8 @@ from transformers.models.glm4_moe.configuration_glm4_moe import Glm4MoeConfig
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from gemcutter.ops.activation import Activation
-from gemcutter.ops.experts import expert_slots, experts, experts_reference
+from gemcutter.ops.expert_slots import expert_slots
+from gemcutter.ops.experts import experts, experts_reference
 from gemcutter.ops.experts_stream_hopper import stream_experts, streams
 from gemcutter.ops.experts_table import Plan
 from gemcutter.ops.experts_tiles import built_in_plan, built_in_tiles

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_experts import case, error
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
@@ -26,6 +27,17 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-10 / 448)
     return (x / scale).to(torch.float8_e4m3fn).double() * scale
+
+
+def exact_fp8(x, ids, gate_up, down) -> torch.Tensor:
+    """[T, k, H]: sums in float64, rounded to x's dtype where HF does and once more to go into a product."""
+    out = torch.full((*ids.shape, x.shape[1]), torch.nan, dtype=torch.float64, device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        both, low = (w.q[expert].double() * w.scale[expert] for w in (gate_up, down))
+        gate, up = (rounded(x[token]) @ both.T).to(x.dtype).chunk(2, -1)
+        out[token, slot] = rounded(F.gelu(gate, approximate="tanh") * up) @ low.T
+    return out
 
 
 @pytest.mark.parametrize("tokens,num_experts,top_k", [(0, 8, 2), (1, 8, 4), (23, 16, 4), (40, 4, 4)], ids=str)
@@ -69,11 +81,19 @@ def test_sums_that_are_exact_have_exactly_these_bits():
         for slot, expert in enumerate(ids[token].tolist()):
             sums = (gate_up.q[expert].double() @ x.q[token].double()).float()
             gate, up = (sums * x.scale[token] * gate_up.scale[expert, :, 0]).bfloat16().chunk(2)
-            activated = quantize_fp8((torch.nn.functional.gelu(gate, approximate="tanh") * up)[None])
+            activated = quantize_fp8((F.gelu(gate, approximate="tanh") * up)[None])
             sums = down.q[expert].double() @ activated.q[0].double()
             assert sums.abs().max() * 2**9 < 2**24, "e4m3's last place is 2^-9 at least: float32 holds such sums"
             want = (sums.float() * activated.scale[0] * down.scale[expert, :, 0]).bfloat16()
             assert torch.equal(got[token, slot], want), (token, slot)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes_stay_what_they_are(dtype):
+    x, ids, gate_up, down = case(23, 16, 4, 64, 44, dtype)
+    gate_up, down = quantized(gate_up), quantized(down)
+    got = experts(x, ids, gate_up, down)
+    assert got.dtype == dtype and error(got, exact_fp8(x, ids, gate_up, down)) < 2e-3
 
 
 def test_a_pair_is_what_quantising_makes():
@@ -102,11 +122,11 @@ def test_refusals():
     x, ids, gate_up, down = fp8_case(5, 8, 2, 64, 44)
     pair = quantize_fp8(x)
     for change, kind, message in (
-        (dict(x=x.float()), TypeError, "x is torch.float32"),
+        (dict(x=x.double()), TypeError, "x is torch.float64"),
         (dict(x=pair._replace(q=x)), TypeError, "x is torch.bfloat16"),
         (dict(x=pair._replace(scale=pair.scale[:, 0])), ValueError, "x has .*scale"),
         (dict(x=pair._replace(q=pair.q[:, ::2])), ValueError, "x has q"),
-        (dict(x=pair._replace(q=pair.q[0])), ValueError, r"x.q \[T, H\]"),
+        (dict(x=pair._replace(q=pair.q[0])), ValueError, r"x \[T, H\]"),
         (dict(ids=ids[:4]), ValueError, "each of 5 tokens"),
         (dict(ids=ids.float()), TypeError, "ids are torch.float32"),
         (dict(down=down.dequantize(torch.bfloat16)), TypeError, "quantise both weights or neither"),
@@ -116,7 +136,7 @@ def test_refusals():
         (dict(gate_up=gate_up._replace(q=gate_up.q[:, 1:].contiguous())), ValueError, "gate_up has"),
         (dict(down=down._replace(scale=down.scale[:, :, 0])), ValueError, "down has"),
         (dict(down=down._replace(q=down.q.transpose(1, 2))), ValueError, "down has|gate_up has"),
-        (dict(down=down._replace(q=down.q[0])), ValueError, "down.q"),
+        (dict(down=down._replace(q=down.q[0])), ValueError, "down's q"),
     ):
         args = dict(x=x, ids=ids, gate_up=gate_up, down=down) | change
         with pytest.raises(kind, match=message):

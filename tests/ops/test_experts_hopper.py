@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreter import interpret
 
-from gemcutter.ops.experts import expert_slots
+from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_hopper import BLOCK_M, BLOCK_N, HALF, _rows_layout, grouped_experts
 from gemcutter.ops.experts_table import Plan
 from gemcutter.ops.experts_tiles import built_in_tiles

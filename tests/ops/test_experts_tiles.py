@@ -5,7 +5,7 @@ import torch
 from interpreter import interpret
 
 from gemcutter.ops import experts_table
-from gemcutter.ops.experts import expert_slots
+from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import KERNELS, Plan, Tile, read_table
 from gemcutter.ops.experts_tiles import built_in_tiles, takes
 

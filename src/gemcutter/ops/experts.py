@@ -15,21 +15,16 @@ accumulator a row.
 """
 
 import torch
-import triton
-import triton.language as tl
 
-from gemcutter.ops.activation import REFERENCES, Activation, activate, check_activation
+from gemcutter.ops.activation import REFERENCES, Activation, check_activation
 from gemcutter.ops.arguments import check_matrix
-from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_fp8 import experts_fp8
-from gemcutter.ops.experts_hopper import grouped_experts
-from gemcutter.ops.experts_stream_hopper import stream_experts
-from gemcutter.ops.experts_table import Plan, Tile
 from gemcutter.ops.experts_tiles import plan_for
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import linear_reference
 from gemcutter.ops.quantize_fp8 import Quantized
-from gemcutter.ops.sort_by_expert import check_sort_by_expert, sort_by_expert
+from gemcutter.ops.sort_by_expert import check_sort_by_expert
 
 
 def experts(
@@ -43,8 +38,8 @@ def experts(
     """Apply each token's experts.
 
     Args:
-        x: [T, H] of float32, bfloat16 or float16, normed; dense rows, row stride free. T may be 0. Before quantised
-            weights (`experts_fp8.py`) bfloat16, which is then quantised, or a pair.
+        x: [T, H] of float32, bfloat16 or float16, normed; dense rows, row stride free. T may be 0. For
+            quantised weights (`experts_fp8.py`) also its `quantize_fp8`, which gives the same bits.
         ids: [T, k] int32 or int64 in [0, E), which the caller guarantees; dense.
         gate_up: [E, 2N, H] of x's dtype, gate rows then up rows, dense; or a pair, scale [E, 2N, 1].
         down: [E, H, N] of x's dtype, dense; or a pair, scale [E, H, 1], where gate_up is one.
@@ -105,92 +100,6 @@ def experts_reference(
     return out
 
 
-@triton.jit
-def _find_rows(starts_ptr, tile, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert and rows [begin, end) of the order that this tile covers; expert >= E past the last tile."""
-    lane = tl.arange(0, E_BLOCK)
-    starts = tl.load(starts_ptr + lane, mask=lane < E, other=0)
-    ends = tl.load(starts_ptr + lane + 1, mask=lane < E, other=0)
-    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
-    last = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((last <= tile).to(tl.int32), axis=0)
-    chosen = lane == expert
-    begin = tl.sum(tl.where(chosen, starts + (tile - last + tiles) * BLOCK_M, 0), axis=0)
-    end = tl.sum(tl.where(chosen, ends, 0), axis=0)
-    return expert, begin, end
-
-
-@triton.jit
-def _up_kernel(
-    x_ptr, order_ptr, starts_ptr, gate_up_ptr, hidden_ptr, x_stride,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, TOP_K: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACTIVATION: tl.constexpr,
-    CHAINED: tl.constexpr,
-):  # fmt: skip
-    """hidden[row] = activation(gate) * up of x[order[row] // TOP_K] @ gate_up[expert].T, rows in sorted order."""
-    release(CHAINED)
-    join(CHAINED)
-    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    expert, begin, end = _find_rows(starts_ptr, pid // column_tiles, E, E_BLOCK, BLOCK_M)
-    if expert >= E:
-        return
-    row = begin + tl.arange(0, BLOCK_M)
-    row_in = row < end
-    token = tl.load(order_ptr + row, mask=row_in, other=0).to(tl.int64) // TOP_K
-    col = pid % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_in = col < N
-    k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-    gate_at = gate_up_ptr + expert.to(tl.int64) * (2 * N * H) + col[None, :] * H + k[:, None]
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for begin_k in range(0, H, BLOCK_K):
-        k_in = k < H - begin_k
-        x = tl.load(x_at + begin_k, mask=row_in[:, None] & k_in[None, :], other=0.0)
-        w_gate = tl.load(gate_at + begin_k, mask=col_in[None, :] & k_in[:, None], other=0.0)
-        w_up = tl.load(gate_at + N * H + begin_k, mask=col_in[None, :] & k_in[:, None], other=0.0)
-        gate = tl.dot(x, w_gate, gate, input_precision="ieee")
-        up = tl.dot(x, w_up, up, input_precision="ieee")
-    dtype = hidden_ptr.dtype.element_ty
-    activated = activate(gate.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
-    out = (activated * up.to(dtype).to(tl.float32)).to(dtype)
-    at = hidden_ptr + row[:, None].to(tl.int64) * N + col[None, :]
-    tl.store(at, out, mask=row_in[:, None] & col_in[None, :])
-
-
-@triton.jit
-def _down_kernel(
-    hidden_ptr, order_ptr, starts_ptr, down_ptr, out_ptr,
-    E: tl.constexpr, E_BLOCK: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    """out[order[row]] = hidden[row] @ down[expert].T: back from sorted rows to slots."""
-    release(CHAINED)
-    join(CHAINED)
-    column_tiles: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    expert, begin, end = _find_rows(starts_ptr, pid // column_tiles, E, E_BLOCK, BLOCK_M)
-    if expert >= E:
-        return
-    row = begin + tl.arange(0, BLOCK_M)
-    row_in = row < end
-    col = pid % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_in = col < H
-    k = tl.arange(0, BLOCK_K)
-    hidden_at = hidden_ptr + row[:, None].to(tl.int64) * N + k[None, :]
-    down_at = down_ptr + expert.to(tl.int64) * (H * N) + col[None, :] * N + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for begin_k in range(0, N, BLOCK_K):
-        k_in = k < N - begin_k
-        hidden = tl.load(hidden_at + begin_k, mask=row_in[:, None] & k_in[None, :], other=0.0)
-        w = tl.load(down_at + begin_k, mask=col_in[None, :] & k_in[:, None], other=0.0)
-        acc = tl.dot(hidden, w, acc, input_precision="ieee")
-    slot = tl.load(order_ptr + row, mask=row_in, other=0).to(tl.int64)
-    at = out_ptr + slot[:, None] * H + col[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=row_in[:, None] & col_in[None, :])
-
-
 def experts_launch(
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -204,46 +113,6 @@ def experts_launch(
         return experts_fake(x, ids, gate_up, down, settled, activation)
     slots = expert_slots(plan_for(x, top_k, gate_up, down), x, ids, gate_up, down, settled, activation)
     return slots.view(tokens, top_k, x.shape[1])
-
-
-def expert_slots(
-    plan: Plan, x, ids, gate_up, down, settled: bool, activation: str = Activation.GELU_TANH
-) -> torch.Tensor:
-    """Each slot's expert MLP [T * k, H], before its weight. The plan does not show in the bits."""
-    if plan.kernel == "stream":
-        return stream_experts(x, ids, gate_up, down, settled, activation)
-    top_k, (num_experts, hidden, width) = ids.shape[1], down.shape
-    order, starts = sort_by_expert(ids, num_experts)
-    if plan.kernel == "grouped":
-        return grouped_experts(x, order, starts, gate_up, down, top_k, activation)
-    num_slots = len(order)
-    activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
-    slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
-    shape = dict(E=num_experts, E_BLOCK=triton.next_power_of_2(num_experts), H=hidden, N=width)
-
-    def programs(tile: Tile, columns: int) -> tuple[int]:
-        """Every hit expert ends in at most one partly filled tile."""
-        row_tiles = (num_slots + min(num_experts, num_slots) * (tile.block_m - 1)) // tile.block_m
-        return (row_tiles * triton.cdiv(columns, tile.block_n),)
-
-    _up_kernel[programs(plan.up, width)](
-        x, order, starts, gate_up, activated, x.stride(0),
-        TOP_K=top_k, ACTIVATION=str(activation), **shape, **_launch_options(plan.up), **chained(x),
-    )  # fmt: skip
-    _down_kernel[programs(plan.down, hidden)](
-        activated, order, starts, down, slots, **shape, **_launch_options(plan.down), **chained(x)
-    )
-    return slots
-
-
-def _launch_options(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
 
 
 def experts_fake(x, ids, gate_up, down, settled, activation) -> torch.Tensor:

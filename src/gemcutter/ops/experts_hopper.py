@@ -26,10 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.experts_loaders import load_rows, load_scattered_rows, tile_at
+from gemcutter.ops.linear_fp8 import dtype_of
 from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
 
 # One program an SM: 6 stages of 32 KiB. Half a tile of rows is a box of TMA, and what an expert's last tile may be.
-BLOCK_M, BLOCK_N, BLOCK_K, STAGES = 128, 128, 64, 6
+BLOCK_M, BLOCK_N, STAGE_BYTES, STAGES = 128, 128, 128, 6  # bytes of K a row in a stage
 HALF = BLOCK_M // 2
 activate_gate = gluon.jit(activate.fn)
 
@@ -52,9 +54,9 @@ def _tiles_kernel(starts_ptr, table_ptr, tiles, E: tl.constexpr, E_BLOCK: tl.con
 
 @gluon.jit
 def _multiply(
-    turn: gl.constexpr, turns, ring, table_ptr, order_ptr, out_ptr, tiles,
-    N: gl.constexpr, K: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, ACTIVATION: gl.constexpr,
-    WHOLE: gl.constexpr, PART: gl.constexpr,
+    turn: gl.constexpr, turns, ring, table_ptr, results, tiles,
+    N: gl.constexpr, K: gl.constexpr, COLS: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
+    ACTIVATION: gl.constexpr, WHOLE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """Office of four warps: every second tile of the program, from its tile `turn` on."""
     BLOCK_K: gl.constexpr = ring[0].shape[2]
@@ -63,34 +65,38 @@ def _multiply(
     used = turn * STEPS  # stages that are spent when this tile begins
     tiles_done = 0
     for tile in range(first, tiles, 2 * gl.num_programs(0)):
-        _, row, end, col = tile_at(table_ptr, tile, N, COLS)
+        expert, row, end, col = tile_at(table_ptr, tile, N, COLS)
         # Its own stages' phases can be told from earlier ones only when the other group has seen all of its stages.
         mbarrier.wait(turns.index(turn), (tiles_done + 1 - turn) & 1)
         if end - row > PART.shape[0]:
             _one_tile(
-                turn, turns, ring, order_ptr, out_ptr, used, row, end, col, STEPS, N, COLS, UP, ACTIVATION, WHOLE
-            )
+                turn, turns, ring, results, used, expert, row, end, col,
+                STEPS, N, COLS, TOP_K, UP, ACTIVATION, WHOLE,
+            )  # fmt: skip
         else:
             _one_tile(
-                turn, turns, ring, order_ptr, out_ptr, used, row, end, col, STEPS, N, COLS, UP, ACTIVATION, PART
-            )
+                turn, turns, ring, results, used, expert, row, end, col,
+                STEPS, N, COLS, TOP_K, UP, ACTIVATION, PART,
+            )  # fmt: skip
         used += 2 * STEPS
         tiles_done += 1
 
 
 @gluon.jit
 def _one_tile(
-    turn: gl.constexpr, turns, ring, order_ptr, out_ptr, used, row, end, col,
-    STEPS: gl.constexpr, N: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, ACTIVATION: gl.constexpr,
-    rows_layout: gl.constexpr,
+    turn: gl.constexpr, turns, ring, results, used, expert, row, end, col,
+    STEPS: gl.constexpr, N: gl.constexpr, COLS: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
+    ACTIVATION: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
     """rows_layout: of the result; its shape says how many rows the tile has."""
     x_stages, w_stages, ready, free = ring
+    x_scale_ptr, weight_scale_ptr, order_ptr, out_ptr = results
     STAGES: gl.constexpr = x_stages.shape[0]
     BLOCK_N: gl.constexpr = w_stages.shape[1]
     ROWS: gl.constexpr = rows_layout.shape[0]
-    dtype: gl.constexpr = x_stages.dtype
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    depth: gl.constexpr = 256 // x_stages.dtype.primitive_bitwidth  # of an instruction
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, depth])
     acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
     for step in range(STEPS):
         now = (used + step) % STAGES
@@ -104,6 +110,8 @@ def _one_tile(
     mbarrier.arrive(turns.index(1 - turn))
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(free.index((used + STEPS - 1) % STAGES))
+    if weight_scale_ptr is not None:
+        acc = _scaled(acc, x_scale_ptr, weight_scale_ptr, order_ptr, expert, row, end, col, N, COLS, TOP_K, UP)
     if UP:
         gate, up = acc.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
         activated = activate_gate(gate.to(dtype).to(gl.float32), ACTIVATION).to(dtype).to(gl.float32)
@@ -118,14 +126,31 @@ def _one_tile(
 
 
 @gluon.jit
+def _scaled(
+    acc, x_scale_ptr, weight_scale_ptr, order_ptr, expert, row, end, col,
+    N: gl.constexpr, COLS: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
+):  # fmt: skip
+    row += gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    lane = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    col += lane % COLS
+    channel = expert * (2 * N if UP else N) + col + lane // COLS * N
+    weight_scale = gl.load(weight_scale_ptr + channel, mask=col < N, other=0.0)
+    source = gl.load(order_ptr + row, mask=row < end, other=0) // TOP_K if UP else row
+    x_scale = gl.load(x_scale_ptr + source, mask=row < end, other=0.0)
+    return acc * x_scale[:, None] * weight_scale[None, :]
+
+
+@gluon.jit
 def _grouped_kernel(
-    x, x_stride, weight_desc, table_ptr, order_ptr, out_ptr, N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr,
+    x, x_scale_ptr, x_stride, weight_desc, weight_scale_ptr, table_ptr, order_ptr, out_ptr,
+    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     UP: gl.constexpr, ACTIVATION: gl.constexpr, WHOLE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """UP: out[row] = activation(gate) * up of x[order[row] // TOP_K] @ weight[expert].T, weight [E, 2N, K].
 
     Otherwise out[order[row]] = x[row] @ weight[expert].T, weight [E, N, K]. x: a pointer for UP, else a descriptor.
+    The scales are those of rows of FP8, or None.
     """
     COLS: gl.constexpr = BLOCK_N // 2 if UP else BLOCK_N  # of out
     tiles = gl.load(table_ptr) * ((N + COLS - 1) // COLS)
@@ -141,16 +166,16 @@ def _grouped_kernel(
     for turn in gl.static_range(2):
         mbarrier.init(turns.index(turn), count=1)
     fence_async_shared()
-    ring = (x_stages, w_stages, ready, free)
+    ring, results = (x_stages, w_stages, ready, free), (x_scale_ptr, weight_scale_ptr, order_ptr, out_ptr)
     # Registers a thread: 504 for the three groups together, in which a loader of one warp counts as four.
     if UP:
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                    0, turns, ring, table_ptr, results, tiles, N, K, COLS, TOP_K, UP, ACTIVATION, WHOLE, PART,
                 )),
                 (_multiply, (
-                    1, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                    1, turns, ring, table_ptr, results, tiles, N, K, COLS, TOP_K, UP, ACTIVATION, WHOLE, PART,
                 )),
                 (
                     load_scattered_rows,
@@ -163,10 +188,10 @@ def _grouped_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (
-                    0, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                    0, turns, ring, table_ptr, results, tiles, N, K, COLS, TOP_K, UP, ACTIVATION, WHOLE, PART,
                 )),
                 (_multiply, (
-                    1, turns, ring, table_ptr, order_ptr, out_ptr, tiles, N, K, COLS, UP, ACTIVATION, WHOLE, PART,
+                    1, turns, ring, table_ptr, results, tiles, N, K, COLS, TOP_K, UP, ACTIVATION, WHOLE, PART,
                 )),
                 (load_rows, (x, weight_desc, ring, table_ptr, tiles, N, K, COLS)),
             ],
@@ -196,47 +221,52 @@ def _powers(begin: int, end: int) -> list[int]:
 
 
 def grouped_experts(
-    x: torch.Tensor,
+    x: torch.Tensor | Quantized,
     order: torch.Tensor,
     starts: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Quantized,
+    down: torch.Tensor | Quantized,
     top_k: int,
     activation: str = Activation.GELU_TANH,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Each slot's expert MLP, before its weight.
 
     Args:
         x: [T, H]; order: [T * top_k] and starts: [E + 1], from `sort_by_expert`.
         gate_up: [E, 2N, H]; down: [E, H, N].
+        dtype: of the result; None: x's, or bfloat16 of a pair.
 
     Returns:
         [T * top_k, H], by slot.
     """
-    num_slots, (num_experts, hidden, width) = len(order), down.shape
+    (x, x_scale), (gate_up, gate_up_scale), (down, down_scale) = (pair_of(each) for each in (x, gate_up, down))
+    num_slots, (num_experts, hidden, width), dtype = len(order), down.shape, dtype or dtype_of(x)
     most = (num_slots + num_experts * (BLOCK_M - 1)) // BLOCK_M  # an expert's last tile may be mostly empty
     table = torch.empty(1 + most, 3, dtype=torch.int32, device=x.device)
     experts = triton.next_power_of_2(num_experts)
     _tiles_kernel[(1,)](starts, table, most, E=num_experts, E_BLOCK=experts, BLOCK_M=BLOCK_M, num_warps=4)
-    if x.stride(0) % 8 or x.data_ptr() % 16:  # copies of 16 bytes need rows that begin at their multiples
+    pack = 16 // x.itemsize
+    if x.stride(0) % pack or x.data_ptr() % 16:  # copies of 16 bytes need rows that begin at their multiples
         x = x.clone(memory_format=torch.contiguous_format)
-    activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
-    slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
-    rows = descriptor(activated, [HALF, BLOCK_K])
-    for a, stride, weight, out, up in (
-        (x, x.stride(0) // 8, gate_up, activated, True),
-        (rows, 0, down, slots, False),
-    ):
+    block_k = STAGE_BYTES // x.itemsize
+    activated = torch.empty(num_slots, width, dtype=dtype, device=x.device)
+    slots = torch.empty(num_slots, hidden, dtype=dtype, device=x.device)
+
+    def multiply(x, x_scale, stride, weight, weight_scale, out, up):
         columns = BLOCK_N // 2 if up else BLOCK_N
         programs = min(_processors(out.device), most * triton.cdiv(out.shape[1], columns))
         _grouped_kernel[(programs,)](
-            a, stride, descriptor(weight.flatten(0, 1), [columns, BLOCK_K]), table, order, out,
-            N=out.shape[1], K=weight.shape[2], TOP_K=top_k,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, STAGES=STAGES, UP=up,
-            ACTIVATION=str(activation) if up else None,
+            x, x_scale, stride, descriptor(weight.flatten(0, 1), [columns, block_k]), weight_scale,
+            table, order, out, N=out.shape[1], K=weight.shape[2], TOP_K=top_k,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=STAGES, UP=up, ACTIVATION=str(activation),
             WHOLE=_rows_layout(BLOCK_M, columns), PART=_rows_layout(HALF, columns), num_warps=4,
             enable_fp_fusion=False,  # said outright: the default is an environment variable's
         )  # fmt: skip
+
+    multiply(x, x_scale, x.stride(0) // pack, gate_up, gate_up_scale, activated, True)
+    rows, rows_scale = (activated, None) if down_scale is None else quantize_fp8_launch(activated)
+    multiply(descriptor(rows, [HALF, block_k]), rows_scale, 0, down, down_scale, slots, False)
     return slots
 
 

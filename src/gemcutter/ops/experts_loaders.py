@@ -42,7 +42,8 @@ def load_rows(
     STAGES: gl.constexpr = x_stages.shape[0]
     HALF: gl.constexpr = x_stages.shape[1] // 2
     BLOCK_K: gl.constexpr = x_stages.shape[2]
-    BYTES: gl.constexpr = (w_stages.shape[1] + HALF) * BLOCK_K * 2
+    ROW: gl.constexpr = BLOCK_K * x_stages.dtype.primitive_bitwidth // 8  # bytes
+    BYTES: gl.constexpr = (w_stages.shape[1] + HALF) * ROW
     used = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, end, col = tile_at(table_ptr, tile, N, COLS)
@@ -51,7 +52,7 @@ def load_rows(
             now = used % STAGES
             mbarrier.wait(free.index(now), (used // STAGES + 1) & 1)
             mbarrier.expect(ready.index(now), BYTES, pred=end - row <= HALF)
-            mbarrier.expect(ready.index(now), BYTES + HALF * BLOCK_K * 2, pred=whole)
+            mbarrier.expect(ready.index(now), BYTES + HALF * ROW, pred=whole)
             _load_weights(weight_desc, expert * N + col, k, ready.index(now), w_stages.index(now), N, COLS, False)
             x = x_stages.index(now)
             load_tile(x_desc, [row, k], ready.index(now), x.slice(0, HALF))
@@ -64,20 +65,21 @@ def load_scattered_rows(
     x_ptr, x_stride, weight_desc, ring, table_ptr, order_ptr, tiles,
     N: gl.constexpr, K: gl.constexpr, COLS: gl.constexpr, TOP_K: gl.constexpr,
 ):  # fmt: skip
-    """Office of four warps: rows order[row] // TOP_K of x, by copies of 16 bytes, x_stride to a row."""
+    """Office of four warps: rows order[row] // TOP_K of x, by copies of 16 bytes, x_stride of them to a row."""
     x_stages, w_stages, ready, free = ring
     STAGES: gl.constexpr = x_stages.shape[0]
     BLOCK_M: gl.constexpr = x_stages.shape[1]
     BLOCK_K: gl.constexpr = x_stages.shape[2]
-    BYTES: gl.constexpr = w_stages.shape[1] * BLOCK_K * 2
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    PACK: gl.constexpr = 128 // x_stages.dtype.primitive_bitwidth  # elements of 16 bytes
+    BYTES: gl.constexpr = w_stages.shape[1] * BLOCK_K * 16 // PACK
+    layout: gl.constexpr = gl.BlockedLayout([1, PACK], [4, 8], [gl.num_warps(), 1], [1, 0])
     lane_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     used = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, first_row, end, col = tile_at(table_ptr, tile, N, COLS)
         row = first_row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
         token = gl.load(order_ptr + row, mask=row < end, other=0) // TOP_K
-        x_at = x_ptr + token.to(gl.int64)[:, None] * x_stride * 8 + lane_k[None, :]
+        x_at = x_ptr + token.to(gl.int64)[:, None] * x_stride * PACK + lane_k[None, :]
         for k in range(0, K, BLOCK_K):
             now = used % STAGES
             mbarrier.wait(free.index(now), (used // STAGES + 1) & 1)

@@ -24,13 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gemcutter.ops import quantize_fp8
 from gemcutter.ops.activation import Activation, activate
+from gemcutter.ops.linear_fp8 import dtype_of
 from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 
 MOST_STREAMED = 16  # tokens; with 32, whose rows of x fill shared memory, 424 µs against 317 for Triton's tiles
-COLS, UP_K, UP_STAGES = 32, 128, 4  # 72 KiB: three programs an SM
-ROWS, DOWN_K = 64, 64  # 704 columns are 11 steps
-activate_gate = gluon.jit(activate.fn)
+COLS, UP_STAGES = 32, 4  # stages of 256 bytes of K, 72 KiB: three programs an SM
+ROWS = 64
+activate_gate, magnitudes, quantized_bits, scale_of = (
+    gluon.jit(each.fn)
+    for each in (activate, quantize_fp8.magnitudes, quantize_fp8.quantized_bits, quantize_fp8.scale_of)
+)
 
 
 @gluon.jit
@@ -56,18 +62,21 @@ def _members(
 
 @gluon.jit
 def _up_stream_kernel(
-    weight_desc, x_desc, ids_ptr, out_ptr, tokens, TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr,
-    K: gl.constexpr, COLS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    SETTLED: gl.constexpr, ACTIVATION: gl.constexpr,
+    weight_desc, weight_scale_ptr, x_desc, x_scale_ptr, ids_ptr, out_ptr, tokens,
+    TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr, K: gl.constexpr, COLS: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+    SETTLED: gl.constexpr,
 ):  # fmt: skip
-    """Program (slot, tile): out[slots] = activation(gate) * up of x @ weight[expert].T, COLS of N columns.
+    """Program (slot, tile): out[slots] = activation(gate) * up of x @ weight[expert].T, COLS of its N columns.
 
-    weight: [E, 2N, K].
+    weight: [E, 2N, K]. The scales are those of rows of FP8, or None.
     """
     column_tiles: gl.constexpr = (N + COLS - 1) // COLS
     slot = gl.program_id(0) // column_tiles
     first_col = gl.program_id(0) % column_tiles * COLS
     dtype: gl.constexpr = x_desc.dtype
+    bits: gl.constexpr = dtype.primitive_bitwidth
+    out_dtype: gl.constexpr = out_ptr.dtype.element_ty
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, 2 * COLS, BLOCK_K], weight_desc.layout)
     x_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -75,7 +84,7 @@ def _up_stream_kernel(
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    BYTES: gl.constexpr = (2 * COLS + BLOCK_T) * BLOCK_K * 2
+    BYTES: gl.constexpr = (2 * COLS + BLOCK_T) * BLOCK_K * bits // 8
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
             mbarrier.expect(ready.index(stage), BYTES)
@@ -96,7 +105,14 @@ def _up_stream_kernel(
             if stage < STEPS:
                 load_tile(x_desc, [0, stage * BLOCK_K], ready.index(stage), x_stages.index(stage))
 
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 256 // bits])
+        if weight_scale_ptr is not None:
+            channel = gl.arange(0, 2 * COLS, gl.SliceLayout(1, layout))
+            of_up = channel // COLS
+            real = first_col + channel - of_up * COLS < N
+            weight_scale = gl.load(weight_scale_ptr + row + channel + of_up * (N - COLS), mask=real, other=0.0)
+            token = gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
+            x_scale = gl.load(x_scale_ptr + token, mask=token < tokens, other=0.0)
         acc = gl.zeros([2 * COLS, BLOCK_T], gl.float32, layout)
         for step in range(STEPS):
             now = step % STAGES
@@ -117,13 +133,15 @@ def _up_stream_kernel(
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(ready.index(stage))
 
+        if weight_scale_ptr is not None:
+            acc = acc * x_scale[None, :] * weight_scale[:, None]
         # A column's gate and up stand in two warps.
         both = gl.allocate_shared_memory(gl.float32, [2 * COLS, BLOCK_T], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         both.store(acc)
         columns: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, gl.num_warps()], [0, 1])
-        gate = both.slice(0, COLS).load(columns).to(dtype).to(gl.float32)
-        up = both.slice(COLS, COLS).load(columns).to(dtype).to(gl.float32)
-        result = (activate_gate(gate, ACTIVATION).to(dtype).to(gl.float32) * up).to(dtype)
+        gate = both.slice(0, COLS).load(columns).to(out_dtype).to(gl.float32)
+        up = both.slice(COLS, COLS).load(columns).to(out_dtype).to(gl.float32)
+        result = (activate_gate(gate, ACTIVATION).to(out_dtype).to(gl.float32) * up).to(out_dtype)
         target = gl.convert_layout(slots, gl.SliceLayout(0, columns))
         col = first_col + gl.arange(0, COLS, gl.SliceLayout(1, columns))
         at = out_ptr + target[None, :].to(gl.int64) * N + col[:, None]
@@ -135,17 +153,22 @@ def _up_stream_kernel(
 
 @gluon.jit
 def _down_stream_kernel(
-    weight_desc, x_ptr, ids_ptr, out_ptr, tokens, TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr,
-    K: gl.constexpr, ROWS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    weight_desc, weight_scale_ptr, x_ptr, ids_ptr, out_ptr, tokens,
+    TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Program (slot, tile): out[slots] = x[slots] @ weight[expert].T, ROWS of its N columns; weight [E, N, K]."""
+    """Program (slot, tile): out[slots] = x[slots] @ weight[expert].T, ROWS of its N columns; weight [E, N, K].
+
+    Before weights of FP8, which have scales, x is quantised here, since its rows, as wide as an expert, are short.
+    """
     gdc_launch_dependents()
     tiles: gl.constexpr = (N + ROWS - 1) // ROWS
     slot = gl.program_id(0) // tiles
     first_col = gl.program_id(0) % tiles * ROWS
     dtype: gl.constexpr = weight_desc.dtype
+    bits: gl.constexpr = dtype.primitive_bitwidth
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    BYTES: gl.constexpr = ROWS * BLOCK_K * 2
+    BYTES: gl.constexpr = ROWS * BLOCK_K * bits // 8
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_T, BLOCK_K], dtype)
     x_tiles = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_T, BLOCK_K], x_layout)
@@ -163,6 +186,10 @@ def _down_stream_kernel(
             if stage < STEPS:
                 load_tile(weight_desc, [row, stage * BLOCK_K], ready.index(stage), w_stages.index(stage))
 
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 256 // bits])
+        if weight_scale_ptr is not None:
+            channel = first_col + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            weight_scale = gl.load(weight_scale_ptr + expert * N + channel, mask=channel < N, other=0.0)
         across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
         source = gl.convert_layout(slots, gl.SliceLayout(1, across))[:, None]
         k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, across))[None, :]
@@ -172,11 +199,22 @@ def _down_stream_kernel(
         for step in gl.static_range(STEPS):
             begin = step * BLOCK_K
             x += (gl.load(x_at + begin, mask=(source >= 0) & (k < K - begin), other=0.0),)
-        for step in gl.static_range(STEPS):
-            x_tiles.index(step).store(x[step])
+        if weight_scale_ptr is not None:
+            largest = magnitudes(x[0].to(gl.float32))
+            for step in gl.static_range(1, STEPS):
+                largest = gl.maximum(largest, magnitudes(x[step].to(gl.float32)))
+            peak = gl.max(largest, 1)
+            for step in gl.static_range(STEPS):
+                q = quantized_bits(
+                    x[step].to(gl.float32), peak[:, None], SHORT=x_ptr.dtype.element_ty != gl.float32
+                )
+                x_tiles.index(step).store(q.to(dtype, bitcast=True))
+            x_scale = gl.convert_layout(scale_of(peak), gl.SliceLayout(0, layout))
+        else:
+            for step in gl.static_range(STEPS):
+                x_tiles.index(step).store(x[step])
         fence_async_shared()
 
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
         acc = gl.zeros([ROWS, BLOCK_T], gl.float32, layout)
         for i in range(STEPS):
             now = i % STAGES
@@ -190,10 +228,12 @@ def _down_stream_kernel(
                 mbarrier.expect(ready.index(free), BYTES, pred=more)
                 load_tile(weight_desc, [row, coming * BLOCK_K], ready.index(free), w_stages.index(free), pred=more)
         acc = warpgroup_mma_wait(0, deps=(acc,))
+        if weight_scale_ptr is not None:
+            acc = acc * x_scale[None, :] * weight_scale[:, None]
         col = first_col + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         target = gl.convert_layout(slots, gl.SliceLayout(0, layout))
         at = out_ptr + target[None, :].to(gl.int64) * N + col[:, None]
-        gl.store(at, acc.to(dtype), mask=(target >= 0)[None, :] & (col < N)[:, None])
+        gl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(target >= 0)[None, :] & (col < N)[:, None])
     else:
         gdc_wait()
 
@@ -204,36 +244,48 @@ def streams(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
 
 
 def stream_experts(
-    x: torch.Tensor,
+    x: torch.Tensor | Quantized,
     ids: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Quantized,
+    down: torch.Tensor | Quantized,
     settled: bool,
     activation: str = Activation.GELU_TANH,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Each slot's expert MLP, before its weight.
 
     Args:
         x: [T, H], T from 1 to 16; ids: [T, k]; gate_up: [E, 2N, H]; down: [E, H, N].
         settled: x and ids are, for the kernel that comes next (`chain.py`).
+        dtype: of the result; None: x's, or bfloat16 of a pair.
 
     Returns:
         [T * k, H], by slot.
     """
+    (x, x_scale), (gate_up, gate_up_scale), (down, down_scale) = (pair_of(each) for each in (x, gate_up, down))
     (tokens, top_k), (_, hidden, width) = ids.shape, down.shape
-    num_slots = tokens * top_k
-    activated = torch.empty(num_slots, width, dtype=x.dtype, device=x.device)
-    slots = torch.empty(num_slots, hidden, dtype=x.dtype, device=x.device)
-    block_t, down_stages = (8, 7) if tokens <= 8 else (16, 5)
+    num_slots, dtype = tokens * top_k, dtype or dtype_of(x)
+    activated = torch.empty(num_slots, width, dtype=dtype, device=x.device)
+    slots = torch.empty(num_slots, hidden, dtype=dtype, device=x.device)
+    block_t = 8 if tokens <= 8 else 16
+    up_k, down_k, down_stages = stream_tile(x.dtype, block_t)
     shape = dict(TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK_T=block_t)
     options = dict(num_warps=4, launch_pdl=True, enable_fp_fusion=False)
     _up_stream_kernel[(num_slots * triton.cdiv(width, COLS),)](
-        descriptor(gate_up.flatten(0, 1), [COLS, UP_K]), descriptor(x, [block_t, UP_K]), ids, activated, tokens,
-        N=width, K=hidden, COLS=COLS, BLOCK_K=UP_K, STAGES=UP_STAGES, SETTLED=settled,
-        ACTIVATION=str(activation), **shape, **options,
+        descriptor(gate_up.flatten(0, 1), [COLS, up_k]), gate_up_scale, descriptor(x, [block_t, up_k]), x_scale,
+        ids, activated, tokens,
+        N=width, K=hidden, COLS=COLS, BLOCK_K=up_k, STAGES=UP_STAGES,
+        ACTIVATION=str(activation), SETTLED=settled, **shape, **options,
     )  # fmt: skip
     _down_stream_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
-        descriptor(down.flatten(0, 1), [ROWS, DOWN_K]), activated, ids, slots, tokens,
-        N=hidden, K=width, ROWS=ROWS, BLOCK_K=DOWN_K, STAGES=down_stages, **shape, **options,
+        descriptor(down.flatten(0, 1), [ROWS, down_k]), down_scale, activated, ids, slots, tokens,
+        N=hidden, K=width, ROWS=ROWS, BLOCK_K=down_k, STAGES=down_stages, **shape, **options,
     )  # fmt: skip
     return slots
+
+
+def stream_tile(dtype: torch.dtype, block_t: int) -> tuple[int, int, int]:
+    """K a stage of up and of down, and down's stages: of 704 columns 11 steps in halves, in FP8 5 and a half."""
+    if dtype == torch.float8_e4m3fn:
+        return 256, 128, 6
+    return 128, 64, 7 if block_t == 8 else 5

@@ -13,7 +13,7 @@ from typing import NamedTuple
 FOLDER = Path(__file__).parent / "tables"
 # Triton's tiles in `experts.py`; the products of `experts_stream_hopper.py`, and those of `experts_hopper.py`.
 KERNELS = ("tiles", "stream", "grouped")
-DTYPES = ("bfloat16", "float16")  # products on tensor cores
+DTYPES = ("bfloat16", "float16", "float8_e4m3fn")  # of weights: products on tensor cores
 
 
 class Shape(NamedTuple):

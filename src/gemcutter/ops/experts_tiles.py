@@ -17,6 +17,12 @@ _HALF_TILES = (
     (64, Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
     (float("inf"), Tile(128, 64, 64, 8, 4), Tile(128, 128, 64, 8, 4)),
 )
+# Weights are the M operand: 64 rows or more, gate's and up's together, by four warps (`experts_tiled_fp8.py`).
+_FP8_TILES = (
+    (12, Tile(16, 32, 256, 4, 5), Tile(16, 64, 256, 4, 3)),
+    (32, Tile(32, 64, 128, 4, 5), Tile(32, 64, 128, 4, 5)),
+    (float("inf"), Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
+)
 # Without tensor cores: "ieee" products of floats are FMAs.
 _FLOAT_TILES = (Tile(16, 32, 32, 4, 2), Tile(16, 64, 32, 4, 2))
 
@@ -50,7 +56,8 @@ def built_in_tiles(dtype: torch.dtype, rows: float) -> tuple[Tile, Tile]:
     """Of up and of down. rows: slots an expert has in the mean."""
     if dtype == torch.float32:
         return _FLOAT_TILES
-    return next((up, down) for most, up, down in _HALF_TILES if rows <= most)
+    tiles = _FP8_TILES if dtype == torch.float8_e4m3fn else _HALF_TILES
+    return next((up, down) for most, up, down in tiles if rows <= most)
 
 
 def table_in_use(top_k: int, down: torch.Tensor) -> Table | None:

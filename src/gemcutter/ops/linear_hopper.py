@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 ROWS = 64  # of the weight a program, the M of one wgmma
 # Triton 3.6 to 3.8 have it under the longer name, 3.9 only under the shorter.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 @gluon.jit
@@ -83,11 +84,13 @@ def _stream_kernel(
 
 
 def loads_by_tma(*matrices: torch.Tensor) -> bool:
-    """Whether kernels written for Hopper take these: there, 16 bits an element, rows at multiples of 16 bytes."""
+    """Whether kernels written for Hopper take these: there, of a kind below, rows at multiples of 16 bytes."""
     first = matrices[0]
-    if first.dtype not in (torch.bfloat16, torch.float16) or not first.is_cuda or torch.version.hip is not None:
+    if first.dtype not in _KINDS or not first.is_cuda or torch.version.hip is not None:
         return False
-    aligned = all(matrix.stride(-2) % 8 == 0 and matrix.data_ptr() % 16 == 0 for matrix in matrices)
+    aligned = all(
+        matrix.stride(-2) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0 for matrix in matrices
+    )
     return aligned and torch.cuda.get_device_capability(first.device) == (9, 0)
 
 
@@ -114,5 +117,5 @@ def stream_tile(tokens: int) -> tuple[int, int, int]:
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """For loads of [rows, columns] blocks by TMA; what lies outside the matrix reads as zeros."""
-    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    layout = gl.NVMMASharedLayout.get_default_for(block, _KINDS[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, block, layout)

@@ -49,6 +49,11 @@ def read_as_pair(reader: torch.Tensor | Quantized | None, dtype: torch.dtype) ->
     return isinstance(reader, Quantized) and dtype == torch.bfloat16
 
 
+def pair_of(x: torch.Tensor | Quantized) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The values, and their scales where there are any."""
+    return x if isinstance(x, Quantized) else (x, None)
+
+
 def quantize_fp8(x: torch.Tensor) -> Quantized:
     """Quantise each row.
 

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
-from gemcutter.ops.experts import expert_slots
+from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape
 
 MOST = 16  # processes: each holds a CUDA context

@@ -12,7 +12,7 @@ import torch
 
 from gemcutter.bench.latency_ceiling import Ceiling
 from gemcutter.bench.timing import GRAPH_SECONDS, Graph, time_graphs
-from gemcutter.ops.experts import expert_slots
+from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape
 from gemcutter.ops.experts_tiles import built_in_plan, takes
 

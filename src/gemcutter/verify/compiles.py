@@ -26,12 +26,14 @@ from gemcutter.ops.attend_decode_hopper import launch_hopper
 from gemcutter.ops.attend_prefill import launch_prefill
 from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.experts import experts_launch
+from gemcutter.ops.experts_fp8 import experts_fp8_launch
 from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream_hopper import stream_experts
 from gemcutter.ops.float_linear import float_linear_launch
 from gemcutter.ops.gate_up_hopper import stream_gate_up
 from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_hopper import stream
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 from gemcutter.verify.case import Case
 from gemcutter.verify.cases import all_cases
 from gemcutter.verify.inputs import Kind
@@ -77,10 +79,15 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         if case.dtype == torch.bfloat16 and (first in MODELS or first not in {model.name for model in RELEASED}):
             many = max(1, min(1024, MOST_BYTES // case.bytes_moved(1)))
             found.setdefault(case.op, []).extend(functools.partial(_launch, case, rows) for rows in (1, many))
+    # A row of tiles each.
     found["experts"] = [functools.partial(_experts, rows, act) for rows in (1, 1024, 4096) for act in Activation]
-    found["experts_hopper"] = [functools.partial(_grouped_experts, act) for act in Activation]
+    found["experts_fp8"] = [
+        functools.partial(_experts_fp8, rows, act) for rows in (1, 400, 4096) for act in Activation
+    ]
+    both = [(in_fp8, act) for in_fp8 in (False, True) for act in Activation]
+    found["experts_hopper"] = [functools.partial(_grouped_experts, *each) for each in both]
     found["experts_stream_hopper"] = [
-        functools.partial(_stream_experts, rows, act) for rows in (1, 16) for act in Activation
+        functools.partial(_stream_experts, in_fp8, rows, act) for rows in (1, 16) for in_fp8, act in both
     ]
     found["gate_up_hopper"] = [functools.partial(_gate_up, rows, count) for rows in (1, 16) for count in (0, 128)]
     found["float_linear"] = [functools.partial(_float_linear, rows) for rows in (1, 100)]
@@ -97,39 +104,36 @@ def _launch(case: Case, rows: int) -> None:
     case.launch(*case.make(rows, Kind.NORMAL, "cpu"))
 
 
-def _experts(
-    rows: int, activation: Activation, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
-) -> None:
-    half = functools.partial(torch.empty, dtype=torch.bfloat16)
-    ids = torch.zeros(rows, top_k, dtype=torch.int64)
-    experts_launch(
-        half(rows, hidden), ids, half(count, 2 * width, hidden), half(count, hidden, width), False, activation
-    )
+def _experts(rows: int, activation: Activation) -> None:
+    experts_launch(*_experts_arguments(rows), False, activation)
 
 
-def _grouped_experts(
-    activation: Activation,
-    tokens: int = 1100,
-    count: int = 128,
-    top_k: int = 8,
-    hidden: int = 2816,
-    width: int = 704,
-) -> None:
-    half, whole = (functools.partial(torch.empty, dtype=dtype) for dtype in (torch.bfloat16, torch.int32))
-    weights = half(count, 2 * width, hidden), half(count, hidden, width)
-    grouped_experts(half(tokens, hidden), whole(tokens * top_k), whole(count + 1), *weights, top_k, activation)
+def _experts_fp8(rows: int, activation: Activation) -> None:
+    x, ids, gate_up, down = _experts_arguments(rows, in_fp8=True)
+    experts_fp8_launch(*x, ids, *gate_up, *down, False, activation)
 
 
-def _stream_experts(
-    tokens: int, activation: Activation, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
-) -> None:
-    half = functools.partial(torch.empty, dtype=torch.bfloat16)
-    ids, weights = (
-        torch.zeros(tokens, top_k, dtype=torch.int64),
-        (half(count, 2 * width, hidden), half(count, hidden, width)),
-    )
+def _grouped_experts(in_fp8: bool, activation: Activation, tokens: int = 1100) -> None:
+    x, ids, gate_up, down = _experts_arguments(tokens, in_fp8)
+    order, starts = (torch.zeros(n, dtype=torch.int32) for n in (ids.numel(), len(pair_of(down)[0]) + 1))
+    grouped_experts(x, order, starts, gate_up, down, ids.shape[1], activation)
+
+
+def _stream_experts(in_fp8: bool, rows: int, activation: Activation) -> None:
     for settled in (False, True):
-        stream_experts(half(tokens, hidden), ids, *weights, settled, activation)
+        stream_experts(*_experts_arguments(rows, in_fp8), settled, activation)
+
+
+def _experts_arguments(
+    tokens: int, in_fp8: bool = False, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
+) -> tuple:
+    def matrix(*dims: int) -> torch.Tensor | Quantized:
+        if in_fp8:
+            return Quantized(torch.empty(dims, dtype=torch.float8_e4m3fn), torch.empty(*dims[:-1], 1))
+        return torch.empty(dims, dtype=torch.bfloat16)
+
+    ids = torch.zeros(tokens, top_k, dtype=torch.int64)
+    return matrix(tokens, hidden), ids, matrix(count, 2 * width, hidden), matrix(count, hidden, width)
 
 
 def _linear(rows: int, depth: int = 2816, columns: int = 2112) -> None:
