@@ -1,5 +1,7 @@
 """Per-token FP8: the reference by brute force over e4m3's values, the kernel's cast and division by hard cases."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -216,7 +218,18 @@ def check_interpreted_rows(device: str) -> None:
     check_rows(device, [2112, 5120, 5376, 21504], [torch.bfloat16])
 
 
-CHECKS = dict(cast=check_cast, divide=check_divide, rows=check_interpreted_rows)
+def check_short_rows(device: str) -> None:
+    """Several a program, the last of which are not there."""
+    module = importlib.import_module("gemcutter.ops.quantize_fp8")
+    module.MANY_ROWS = 3
+    for dtype in DTYPES:
+        for width in (1, 70, 704, 1024):
+            x = fp8_rows(width, dtype, seed=width, device=device)
+            for rows in (3, 13, 16):
+                same_bits(quantize_fp8_launch(x[-rows:]), quantize_fp8_reference(x[-rows:]))
+
+
+CHECKS = dict(cast=check_cast, divide=check_divide, rows=check_interpreted_rows, short_rows=check_short_rows)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +260,8 @@ def test_gpu_cast_and_division():
 @pytest.mark.gpu
 def test_gpu_rows():
     check_rows("cuda", WIDTHS + WIDE)
+    many = fp8_rows(704, torch.bfloat16, device="cuda").repeat(100, 1)
+    same_bits(quantize_fp8(many[:1597]), quantize_fp8_reference(many[:1597]))
     for rows in (2, 257, 1024):
         x = torch.randn(rows, 5376, device="cuda").bfloat16()
         got = quantize_fp8(x)

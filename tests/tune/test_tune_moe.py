@@ -65,8 +65,8 @@ def clock(monkeypatch):
     monkeypatch.setattr(moe, "measure_ceiling", lambda device, dtype: Ceiling(4e12, 8e14))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(moe, "compile_ahead", lambda shape, dtype, plans, advance: [advance() for _ in plans])
-    monkeypatch.setattr(search, "up_tiles", lambda rows, columns: UPS)
-    monkeypatch.setattr(search, "down_tiles", lambda rows, columns: DOWNS)
+    monkeypatch.setattr(search, "up_tiles", lambda dtype, rows, columns: UPS)
+    monkeypatch.setattr(search, "down_tiles", lambda dtype, rows, columns: DOWNS)
     return kind
 
 
@@ -186,11 +186,13 @@ def test_built_in_plan_alone_is_no_failure(clock):
     assert plan == one.built_in() and times.built_in == times.tuned
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 64, 512, 1024, 8192, 100_000])
-def test_candidates_fit_the_card(tokens):
+def test_candidates_fit_the_card(tokens, dtype):
     rows = tokens * 8 / 128
-    for tiles, blocks in ((up_tiles(rows, 704), 2), (down_tiles(rows, 2816), 1)):
+    for tiles, blocks in ((up_tiles(dtype, rows, 704), 2), (down_tiles(dtype, rows, 2816), 1)):
         assert 10 < len(tiles) < 200 and len(set(tiles)) == len(tiles)
         for m, n, k, warps, stages in tiles:
-            assert (m + blocks * n) * k * 2 * stages <= SHARED and m * n * blocks / warps / 32 <= 128
-    assert all(tile.block_n <= 32 for tile in up_tiles(rows, 32)), "no more than twice the columns there are"
+            assert (m + blocks * n) * k * dtype.itemsize * stages <= SHARED and m * n * blocks / warps / 32 <= 128
+            assert dtype.itemsize == 2 or (blocks * n >= 64 and warps >= 4), "wgmma"
+    assert all(tile.block_n <= 32 for tile in up_tiles(dtype, rows, 32)), "no more than twice the columns there are"

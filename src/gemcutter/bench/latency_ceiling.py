@@ -1,5 +1,6 @@
 """What this device reaches in this run: a copy, and a product of large matrices."""
 
+import functools
 import time
 from typing import NamedTuple
 
@@ -23,12 +24,19 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     if device.type == "cuda":
         with torch.cuda.device(device):
-            [seconds] = timing.time_graphs([timing.Graph([lambda: left @ right] * 4)])
+            product = functools.partial(_fp8_product if dtype == torch.float8_e4m3fn else torch.matmul, left, right)
+            [seconds] = timing.time_graphs([timing.Graph([product] * 4)])
             return Ceiling(timing.measure_ceiling().bandwidth, 2 * side**3 / seconds)
     source = torch.ones(CPU_COPY, dtype=torch.uint8)
     target = torch.empty_like(source)
     copied, multiplied = _best(lambda: target.copy_(source)), _best(lambda: left @ right)
     return Ceiling(2 * CPU_COPY / copied, 2 * side**3 / multiplied)
+
+
+def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """With the accumulation that our products have."""
+    one = torch.ones((), device=left.device)
+    return torch._scaled_mm(left, right.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _best(call, tries: int = 5) -> float:

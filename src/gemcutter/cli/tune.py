@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it imports PyTorch, for which no --help should wait
     from gemcutter.ops.experts_table import Table as TileTable
 
 BUCKETS = tuple(2**i for i in range(14))
-DTYPES = ("bfloat16", "float16")
+DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 SIZES = {
     "num_experts": "experts of a layer",
     "top_k": "of which a token takes so many",

@@ -10,6 +10,7 @@ import torch
 
 from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape
+from gemcutter.ops.quantize_fp8 import Quantized
 
 MOST = 16  # processes: each holds a CUDA context
 
@@ -27,8 +28,16 @@ def compile_ahead(shape: Shape, dtype: torch.dtype, plans: Sequence[Plan], advan
 def _compile(shape: Shape, dtype: torch.dtype, plan: Plan) -> None:
     """Run it on one token, whose experts are all the first. What it raises is found again, and told, when timed."""
     e, k, h, n = shape
-    gate_up, down = (torch.zeros(1, *size, dtype=dtype, device="cuda") for size in ((2 * n, h), (h, n)))
-    x, ids = gate_up.new_zeros(1, h), torch.zeros(1, k, dtype=torch.int64, device="cuda")
+    x, gate_up, down = (_zeros(dtype, *dims) for dims in ((1, h), (e, 2 * n, h), (e, h, n)))
+    ids = torch.zeros(1, k, dtype=torch.int64, device="cuda")
     with contextlib.suppress(Exception):
-        expert_slots(plan, x, ids, gate_up.expand(e, -1, -1), down.expand(e, -1, -1), settled=True)
+        expert_slots(plan, x, ids, gate_up, down, settled=True)
     torch.cuda.synchronize()
+
+
+def _zeros(dtype: torch.dtype, *dims: int) -> torch.Tensor | Quantized:
+    """One matrix for all experts, so that as many processes as there are find room."""
+    zeros = torch.zeros(dims[-2:], dtype=dtype, device="cuda").expand(dims)
+    if dtype != torch.float8_e4m3fn:
+        return zeros
+    return Quantized(zeros, torch.ones(*dims[:-1], 1, device="cuda"))

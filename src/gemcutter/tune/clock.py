@@ -15,6 +15,7 @@ from gemcutter.bench.timing import GRAPH_SECONDS, Graph, time_graphs
 from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape
 from gemcutter.ops.experts_tiles import built_in_plan, takes
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8
 
 COPIES = 2  # of the weights: what one call read has left the cache when its copy's turn comes again
 ROUTINGS = 4  # calls in turn, each of its own tokens
@@ -26,30 +27,43 @@ class Clock:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, ceiling: Ceiling) -> None:
         e, _, h, n = self.shape = shape
         self.dtype, self.device, self.ceiling = dtype, device, ceiling
-        self._weights = [(self._normal(e, 2 * n, h), self._normal(e, h, n)) for _ in range(COPIES)]
+        self._weights = [(self._matrix(e, 2 * n, h), self._matrix(e, h, n)) for _ in range(COPIES)]
         self.take(1)
 
-    def _normal(self, *size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=self.dtype, device=self.device).normal_(0, size[-1] ** -0.5)
+    def _matrix(self, *dims: int) -> torch.Tensor | Quantized:
+        """Normal values, scaled for products of the same size."""
+        if self.dtype != torch.float8_e4m3fn:
+            return torch.empty(dims, dtype=self.dtype, device=self.device).normal_(0, dims[-1] ** -0.5)
+        q = torch.empty(dims, dtype=self.dtype, device=self.device)
+        for part in q:  # an expert at a time: normal values of a whole layer would take four times as much
+            part.copy_((torch.randn(part.shape, device=self.device) * 64).clamp_(-448, 448))
+        return Quantized(q, torch.full((*dims[:-1], 1), dims[-1] ** -0.5 / 64, device=self.device))
 
     def take(self, tokens: int) -> None:
         torch.manual_seed(tokens)
         e, k, h, _ = self.shape
         self.tokens, self._calls = tokens, []
         for i in range(ROUTINGS):
-            x = torch.empty(tokens, h, dtype=self.dtype, device=self.device).normal_()
+            x = self._rows(tokens, h)
             ids = torch.rand(tokens, e, device=self.device).topk(k, -1).indices
             self._calls.append((x, ids, *self._weights[i % COPIES]))
         self._want = self._run(self.built_in(), *self._calls[0])
 
+    def _rows(self, tokens: int, hidden: int) -> torch.Tensor | Quantized:
+        x = torch.randn(tokens, hidden, device=self.device)
+        return quantize_fp8(x) if self.dtype == torch.float8_e4m3fn else x.to(self.dtype)
+
     def built_in(self) -> Plan:
-        x, _, gate_up, down = self._calls[0]
+        x, gate_up, down = self._values()
         return built_in_plan(x, self.shape.top_k, gate_up, down)
+
+    def _values(self) -> list[torch.Tensor]:
+        x, _, *weights = self._calls[0]
+        return [pair_of(each)[0] for each in (x, *weights)]
 
     def failure(self, plan: Plan) -> str:
         """Why the plan cannot be taken: it does not run, or has other results than the built-in one; or nothing."""
-        x, _, *weights = self._calls[0]
-        if not takes(plan, x, *weights):
+        if not takes(plan, *self._values()):
             return f"the kernel {plan.kernel!r} is not for such tokens, weights or card"
         _, _, h, n = self.shape
         # The allocator gives such memory out again, so that what a kernel leaves unwritten is NaN.
@@ -78,5 +92,6 @@ class Clock:
         _, k, h, n = self.shape
         hit = sum(ids.unique().numel() for _, ids, *_ in self._calls) / len(self._calls)
         slots = self.tokens * k
-        moved = (hit * 3 * n * h + slots * (h + 2 * n) + self.tokens * h) * self.dtype.itemsize
+        rows = (slots * (h + 2 * n) + self.tokens * h) * 2
+        moved = hit * 3 * n * h * self.dtype.itemsize + rows
         return max(moved / self.ceiling.bandwidth, 6 * slots * n * h / self.ceiling.flops)

@@ -41,7 +41,7 @@ def tiles(dtype: object, shape: Shape, tokens: int) -> tuple[list[Tile], list[Ti
     """All of up and all of down that are measured, the built-in ones first."""
     rows = tokens * shape.top_k / shape.num_experts
     up, down = built_in_tiles(dtype, rows)
-    ups, downs = up_tiles(rows, shape.intermediate), down_tiles(rows, shape.hidden)
+    ups, downs = up_tiles(dtype, rows, shape.intermediate), down_tiles(dtype, rows, shape.hidden)
     return list(dict.fromkeys([up, *ups])), list(dict.fromkeys([down, *downs]))
 
 
