@@ -3,11 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import interpret
 from test_experts import case, error
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
 from gemcutter.ops import Quantized, experts, quantize_fp8
+from gemcutter.ops.expert_slots import expert_slots
+from gemcutter.ops.experts_table import Plan, Tile
+from gemcutter.ops.quantize_fp8 import quantize_fp8_reference
 from gemcutter.ops.slot_sum import slot_sum_reference
 
 
@@ -149,3 +153,59 @@ def test_opcheck():
     checks = [f"test_{name}" for name in ("autograd_registration", "faketensor", "aot_dispatch_dynamic")]
     # Left out is test_schema, which compares arguments in arithmetic that PyTorch has not for e4m3.
     torch.library.opcheck(torch.ops.gemcutter.experts_fp8.default, args, test_utils=checks)
+
+
+# Blocks of M, N and K; the experts below, 80 deep and 48 wide, leave a part of most of them empty.
+BLOCKS = [(16, 32, 32), (32, 64, 128), (64, 128, 64)]
+
+
+def test_interpreted_tiles_have_the_bits_of_the_reference():
+    pytest.importorskip("triton")
+    done = interpret(__file__)
+    assert "tiles passed" in done.stdout, done.stdout + done.stderr
+
+
+def check_tiles(dtype: torch.dtype) -> None:
+    """Sums that are exact in any order: what differs is a row, a column, a scale or a step of K astray."""
+    for tokens, num_experts, top_k, hot in ((1, 5, 3, None), (21, 4, 2, None), (37, 7, 2, 2)):
+        hidden, width = 80, 48
+        scores = torch.rand(tokens, num_experts)
+        if hot:
+            scores[:, hot:] -= 2
+        ids = scores.topk(top_k, -1).indices
+        x = torch.randint(0, 2, (tokens, hidden))
+        x[:, 0] = 1
+        both = torch.randint(-1, 2, (num_experts, 2 * width, hidden))
+        both[:, :width, 0] = 40  # gates of 8 and more, which the activation leaves as they are
+        low = torch.randint(-1, 2, (num_experts, hidden, width))
+        x, gate_up, down = (
+            Quantized(q.to(torch.float8_e4m3fn), 1 + torch.rand(*q.shape[:-1], 1)) for q in (x, both, low)
+        )
+        want = exact_slots(x, ids, gate_up, down, dtype)
+        for up, last in zip(BLOCKS, BLOCKS[1:] + BLOCKS[:1], strict=True):
+            plan = Plan("tiles", Tile(*up, 4, 2), Tile(*last, 4, 2))
+            got = expert_slots(plan, x, ids, gate_up, down, False, dtype=dtype)
+            assert torch.equal(got, want), f"{plan}: {(got != want).sum()} of {want.numel()} differ"
+
+
+def exact_slots(x, ids, gate_up, down, dtype: torch.dtype) -> torch.Tensor:
+    slots = []
+    for slot, expert in enumerate(ids.flatten().tolist()):
+        token = slot // ids.shape[1]
+        sums = (gate_up.q[expert].double() @ x.q[token].double()).float()
+        gate, up = (sums * x.scale[token] * gate_up.scale[expert, :, 0]).to(dtype).chunk(2)
+        assert gate.min() >= 8
+        q, scale = quantize_fp8_reference((gate * up)[None])
+        slots.append(
+            ((down.q[expert].double() @ q[0].double()).float() * scale[0] * down.scale[expert, :, 0]).to(dtype)
+        )
+    return torch.stack(slots)
+
+
+if __name__ == "__main__":
+    # Poisoned, so that an unwritten output cannot pass for one of zeros.
+    empty = torch.empty
+    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(7)
+    torch.manual_seed(0)
+    check_tiles(torch.bfloat16)
+    print("tiles passed")
