@@ -9,8 +9,11 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
 from gemcutter.ops import Quantized, experts, quantize_fp8
+from gemcutter.ops.activation import Activation
 from gemcutter.ops.expert_slots import expert_slots
+from gemcutter.ops.experts_fp8 import experts_fp8_reference
 from gemcutter.ops.experts_table import Plan, Tile
+from gemcutter.ops.experts_tiles import built_in_plan, built_in_tiles, takes
 from gemcutter.ops.quantize_fp8 import quantize_fp8_reference
 from gemcutter.ops.slot_sum import slot_sum_reference
 
@@ -22,6 +25,7 @@ def quantized(weight: torch.Tensor) -> Quantized:
 
 
 def fp8_case(*args, **kwargs):
+    """Positional as of `case`, but for the dtype."""
     x, ids, gate_up, down = case(*args, torch.bfloat16, **kwargs)
     return x, ids, quantized(gate_up), quantized(down)
 
@@ -200,6 +204,101 @@ def exact_slots(x, ids, gate_up, down, dtype: torch.dtype) -> torch.Tensor:
             ((down.q[expert].double() @ q[0].double()).float() * scale[0] * down.scale[expert, :, 0]).to(dtype)
         )
     return torch.stack(slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "tokens,num_experts,top_k,hidden,width",
+    [
+        (0, 8, 2, 64, 32),
+        (1, 128, 8, 2816, 704),
+        (37, 128, 8, 2816, 704),
+        (300, 8, 4, 200, 72),
+        (900, 16, 3, 144, 48),
+    ],
+    ids=str,
+)
+def test_gpu_sums_are_as_exact_as_a_chain_is(tokens, num_experts, top_k, hidden, width, dtype):
+    """Hopper's tensor cores keep 13 bits behind the leading one of a sum: 1e-3 of it at 2816 columns."""
+    x, ids, gate_up, down = case(tokens, num_experts, top_k, hidden, width, dtype, "cuda")
+    gate_up, down = quantized(gate_up), quantized(down)
+    got = experts(x, ids, gate_up, down)
+    assert got.dtype == dtype and got.shape == (tokens, top_k, hidden)
+    if tokens:
+        want = exact_fp8(x, ids, gate_up, down)
+        reference = experts_fp8_reference(x, None, ids, *gate_up, *down, False, "gelu_tanh")
+        of_sums, of_floats = error(got, want), error(reference, want)
+        print(f"relative error {of_sums:.2e}, with sums in float32 {of_floats:.2e}")
+        assert of_sums <= of_floats + 8e-3
+        assert torch.equal(experts(quantize_fp8(x), ids, gate_up, down), got.bfloat16()) or dtype != torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hot", [None, 8], ids=["spread", "hot"])
+def test_gpu_row_alone_equals_the_row_in_a_crowd(hot):
+    """All kernels at 26B shapes."""
+    x, ids, gate_up, down = fp8_case(3000, 128, 8, 2816, 704, device="cuda", hot=hot)
+    crowd = experts(x, ids, gate_up, down)
+    values = gate_up.q, down.q
+    assert len({built_in_plan(quantize_fp8(x[:n]).q, 8, *values).kernel for n in (1, 100, 3000)}) == 3
+    for count in (1, 3, 16, 100, 400, 700):
+        rows = torch.randperm(3000, device="cuda")[:count]
+        same = (experts(x[rows], ids[rows], gate_up, down) == crowd[rows]).flatten(1).all(-1)
+        assert same.all(), f"{count} rows: {int((~same).sum())} differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "num_experts,top_k,hidden,width",
+    [(128, 8, 2816, 704), (8, 4, 208, 80), (16, 3, 144, 48), (5, 1, 64, 272)],
+    ids=str,
+)
+@pytest.mark.parametrize("activation", Activation)
+def test_gpu_kernels_have_one_result(num_experts, top_k, hidden, width, activation):
+    """Streams, grouped products and tiles; strange rows and an expert named twice among the others."""
+    for tokens in (1, 2, 7, 8, 9, 16, 100, 700):
+        for seed, hot in ((1, None), (2, top_k)):
+            x, ids, gate_up, down = fp8_case(
+                tokens, num_experts, top_k, hidden, width, device="cuda", seed=seed, hot=hot
+            )
+            if hot and top_k > 1:
+                ids[-1, -1] = ids[-1, 0]
+            x[0, 0] = torch.inf
+            x[tokens // 2] = 0
+            args = quantize_fp8(x), ids, gate_up, down
+            plans = [Plan("grouped")] + [Plan("stream")] * (tokens <= 16)
+            plans += [Plan("tiles", *built_in_tiles(gate_up.q.dtype, rows)) for rows in (1, 30, 100)]
+            assert all(takes(plan, args[0].q, gate_up.q, down.q) for plan in plans)
+            want = expert_slots(plans[-1], *args, False, activation)
+            rest = want.view(tokens, top_k, hidden)[1:]
+            assert rest.isfinite().all() and (tokens < 3 or rest.any())
+            for plan in plans:
+                for settled in (False, True):
+                    poison = [want.new_full((len(want), columns), torch.nan) for columns in (width, hidden)]
+                    del poison  # whose memory comes back for the results
+                    torch.cuda.synchronize()
+                    got = expert_slots(plan, args[0], ids.int() if settled else ids, *args[2:], settled, activation)
+                    same = (got == want) | (got.isnan() & want.isnan())
+                    assert same.all(), f"{tokens} tokens, hot {hot}, {plan}: {int((~same).sum())} differ"
+
+
+@pytest.mark.gpu
+def test_gpu_experts_in_a_cuda_graph():
+    """Captured once, replayed with other rows and routes: no host decision may depend on the data."""
+    for tokens in (4, 40):
+        x, ids, gate_up, down = fp8_case(tokens, 128, 8, 2816, 704, device="cuda")
+        experts(x, ids, gate_up, down)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = experts(x, ids, gate_up, down, settled=True)
+        for seed, hot in ((1, None), (2, 8)):
+            other = fp8_case(tokens, 128, 8, 2816, 704, device="cuda", seed=seed, hot=hot)
+            for static, new in zip((x, ids), other[:2], strict=True):
+                static.copy_(new)
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, experts(x, ids, gate_up, down))
 
 
 if __name__ == "__main__":
