@@ -19,8 +19,8 @@ _HALF_TILES = (
 )
 # Weights are the M operand: 64 rows or more, gate's and up's together, by four warps (`experts_tiled_fp8.py`).
 _FP8_TILES = (
-    (12, Tile(16, 32, 256, 4, 5), Tile(16, 64, 256, 4, 3)),
-    (32, Tile(32, 64, 128, 4, 5), Tile(32, 64, 128, 4, 5)),
+    (8, Tile(16, 32, 128, 4, 6), Tile(16, 128, 128, 4, 4)),
+    (32, Tile(32, 32, 256, 4, 3), Tile(32, 128, 128, 4, 4)),
     (float("inf"), Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4)),
 )
 # Without tensor cores: "ieee" products of floats are FMAs.
