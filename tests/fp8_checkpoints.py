@@ -103,7 +103,9 @@ def write(folder: Path, state: dict, config: dict | None = None, num_files: int 
     files = {name: f"model-{index % num_files + 1:05}.safetensors" for index, name in enumerate(names)}
     for file in sorted(set(files.values())):
         save_file({name: state[name] for name in names if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": files})
+    )
     if config is not None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))

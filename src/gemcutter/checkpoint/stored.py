@@ -1,6 +1,7 @@
 """Stored tensors: what the headers of a checkpoint's safetensors files say, before anything is read."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from gemcutter.spec import ModelSpec
 
 STORED_AS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # safetensors' names of dtypes
 FP8 = "F8_E4M3"
-SIZES = {"BF16": 2, "F16": 2, "F32": 4, FP8: 1}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Of a dtype in which weights may be stored."""
-        return math.prod(self.shape) * SIZES[self.dtype]
+        bits = re.search(r"\d+", self.dtype)  # F32, BF16, F8_E4M3; BOOL takes 8
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 def read_headers(paths: list[Path]) -> dict[str, list[Stored]]:

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, serve, info, bench, tune, verify.
+"""The command line: generate, chat, serve, info, quantize, bench, tune, verify.
 
 Commands import the model and the server only when they run, so that `--help` answers at once.
 """
@@ -8,12 +8,12 @@ import os
 import sys
 
 import gemcutter
-from gemcutter.cli import bench, chat, generate, info, serve, tune, verify
+from gemcutter.cli import bench, chat, generate, info, quantize, serve, tune, verify
 from gemcutter.cli.flags import Parser
 
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info,
-    "bench": bench, "tune": tune, "verify": verify,
+    "quantize": quantize, "bench": bench, "tune": tune, "verify": verify,
 }  # fmt: skip
 
 

@@ -1,25 +1,30 @@
 """Show what a model is and what it costs.
 
-Only config.json is read. Floors are times that no engine can beat: bytes that must move, over --bandwidth; FLOPs
-that must run, over --flops. Experts are taken as chosen uniformly.
+config.json is read, and of a quantised checkpoint the headers of its files, if they are here. Floors are times
+that no engine can beat: bytes that must move, over --bandwidth; FLOPs that must run, over --flops. Experts are
+taken as chosen uniformly.
 """
 
 import argparse
 import contextlib
 import math
+from collections import Counter
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.config import read_quantization, read_spec
 from gemcutter.checkpoint.files import locate
+from gemcutter.checkpoint.quantization import Quantization
 from gemcutter.cli.flags import Parser, add_model, blame_user, read_model
 from gemcutter.model import cost
 from gemcutter.spec import Kind, LayerSpec, ModelSpec
 
 CONTEXTS = (1024, 8192, 32_768, 131_072)
 BATCHES = (1, 8, 32, 128)
+ORDER = ("qkv", "o", "gate_up", "down", "experts", "per_layer_input.gate", "per_layer_input.projection")
 WIDTH = 110  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
@@ -35,10 +40,19 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     model = read_model(args)
     with blame_user(args.parser):
-        spec = read_spec(locate(model, args.revision, weights=False))
+        notices: list[str] = []
+        folder = locate(model, args.revision, weights=False)
+        spec, quantization = read_spec(folder), read_quantization(folder)
+        if quantization is not None and any(folder.glob("*.safetensors")):
+            from gemcutter.checkpoint.plan import read_plan  # imports PyTorch, which others need not wait for
+
+            plan = read_plan(spec, folder)
+            spec, notices = plan.spec, plan.notices
     console = Console()
     console.width = max(console.width, WIDTH)
     parts = [_size(spec, model), _layers(spec), _memory(spec)]
+    if quantization is not None:
+        parts.append(_quantized(spec, quantization, notices))
     if args.memory:
         parts += _fit(spec, args.memory * 1e9)
     if args.bandwidth:
@@ -107,7 +121,7 @@ def _memory(spec: ModelSpec) -> str:
     full, sliding = (spec.kv_bytes_per_token(kind, element) / 1024 for kind in (Kind.FULL, Kind.SLIDING))
     lines = [
         f"parameters  {_count(total)}, active for a token {_count(active)}",
-        f"weights     {_bytes(total * element)}",
+        f"weights     {_bytes(cost.weight_bytes(spec, element))}",
         f"K/V         {full:g} KiB a token in full layers",
     ]
     if spec.window:
@@ -115,12 +129,29 @@ def _memory(spec: ModelSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _quantized(spec: ModelSpec, quantization: Quantization, notices: list[str]) -> str:
+    """The schemes, what is held in FP8 of the layers that have it, and what that saves."""
+    counts = Counter(name.split(".", 2)[2] for name in spec.quantized if name.startswith("layers."))
+    held = [
+        f"{name} ({count} layers)" for name, count in sorted(counts.items(), key=lambda item: ORDER.index(item[0]))
+    ]
+    held += sorted(name for name in spec.quantized if not name.startswith("layers."))
+    plain = cost.weight_bytes(replace(spec, quantized=frozenset()), _element(spec))
+    saved = plain - cost.weight_bytes(spec, _element(spec))
+    lines = [
+        f"stored      FP8: {scheme}" for scheme in sorted({str(each) for each in quantization.schemes.values()})
+    ]
+    lines += [f"in FP8      {', '.join(held) or 'nothing: this scheme is dequantised as it is loaded'}"]
+    lines += [f"saves       {_bytes(saved)} of {_bytes(plain)}"]
+    return "\n".join([*lines, *notices]) + "\n"
+
+
 def _contexts(spec: ModelSpec) -> list[int]:
     return sorted({min(context, spec.context_length) for context in (*CONTEXTS, spec.context_length)})
 
 
 def _fit(spec: ModelSpec, memory: float) -> list[Table | str]:
-    free = memory - cost.parameters(spec) * _element(spec)
+    free = memory - cost.weight_bytes(spec, _element(spec))
     if free <= 0:
         return [f"The weights do not fit into {_bytes(memory)}.\n"]
     table = _table("context", "K/V a request", "requests", "tokens")
