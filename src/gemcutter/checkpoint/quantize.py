@@ -164,12 +164,12 @@ def _quantized(weight: torch.Tensor) -> Quantized:
 
 
 def _apart(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of each expert's linears, of experts that lie together."""
+    """Names and weights of each expert's linears, if this is of experts that lie together."""
     begin, _, kind = name.rpartition(".")
     for id, weight in enumerate(tensor):
         if kind == "down_proj":
             yield f"{begin}.{id}.down_proj.weight", weight
-        else:
+        elif kind == "gate_up_proj":
             gate, up = weight.chunk(2)
             yield f"{begin}.{id}.gate_proj.weight", gate
             yield f"{begin}.{id}.up_proj.weight", up
