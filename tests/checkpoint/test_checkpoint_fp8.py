@@ -1,5 +1,11 @@
 """FP8 checkpoints: every layout lands exactly, mixed ones too, and each of many ways to break one is named."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import fp8_checkpoints as made
 import pytest
 import tiny_models
@@ -9,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.config import read_quantization, read_spec
 from gemcutter.checkpoint.files import CheckpointError, shards
+from gemcutter.checkpoint.linears import EACH, TOGETHER, linears, schemes_of
 from gemcutter.checkpoint.load import load, load_weights, quantize_on_load
 from gemcutter.checkpoint.plan import read_plan
+from gemcutter.checkpoint.table import empty_weights, pieces
+from gemcutter.model.cost import weight_bytes
 from gemcutter.model.weights import Weights
 from gemcutter.ops.quantize_fp8 import Quantized
 
@@ -461,3 +470,70 @@ def test_what_is_quantised_is_not_quantised_on_load(whole):
     folder, _ = whole
     with pytest.raises(CheckpointError, match="has a quantization_config, so that nothing is left to quantise"):
         quantize_on_load(read_spec(folder), folder)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("scheme", ["channels", "blocks", "on load"])
+def test_host_memory_stays_under_twice_the_largest_file(scheme, tmp_path):
+    """Besides the weights themselves, on a checkpoint of six files."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
+    sizes |= {"num_experts": 32, "moe_intermediate_size": 512}
+    config = tiny_models.config("moe", **sizes)
+    config.dtype = "bfloat16"
+    config.save_pretrained(tmp_path)
+    quantization = {
+        "channels": quantization_config(),
+        "blocks": quantization_config(CHANNEL | {"strategy": "block", "block_structure": [128, 128]}),
+        "on load": None,
+    }[scheme]
+    if quantization is not None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
+    spec = read_spec(tmp_path)
+    names = dict.fromkeys(range(6), EACH if quantization else TOGETHER)
+    schemes = schemes_of(linears(spec, "model.", names), quantization and read_quantization(tmp_path))
+    meta = empty_weights(replace(spec, quantized=frozenset()), torch.device("meta"), BF16)
+    table = pieces(spec, meta, "model.", names)
+    files = [{} for _ in range(6)]
+    for name, view in table.items():
+        linear, file = name.removesuffix(".weight"), files[int(name.split(".")[2]) if "layers" in name else 0]
+        file[name] = torch.full(view.shape, 0.5, dtype=torch.float8_e4m3fn if linear in schemes else BF16)
+        if linear in schemes:
+            file[f"{linear}.weight_scale"] = torch.full(schemes[linear].scale_shapes(*view.shape)[0], 0.25)
+    for index, file in enumerate(files):
+        save_file(file, tmp_path / f"{index}.safetensors")
+    largest = max(path.stat().st_size for path in shards(tmp_path))
+    if scheme == "on load":
+        spec = quantize_on_load(spec, tmp_path)
+    held = weight_bytes(spec, 2)
+    assert sum(path.stat().st_size for path in shards(tmp_path)) > 5 * largest, "the bound must be far below"
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path, "auto" if quantization else "fp8"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert held < int(run.stdout) < held + 2 * largest
+
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from gemcutter.checkpoint.config import read_quantization, read_spec
+from gemcutter.checkpoint.linears import EACH, TOGETHER, linears, schemes_of
+from gemcutter.checkpoint.load import load, quantize_on_load
+from gemcutter.ops.quantize_fp8 import quantize_fp8
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+folder = Path(sys.argv[1])
+spec = read_spec(folder)
+if sys.argv[2] == "fp8":
+    spec = quantize_on_load(spec, folder)
+quantize_fp8(torch.ones(1, 512, dtype=torch.bfloat16))
+before = status("VmRSS")
+weights = load(spec, folder, torch.device("cpu"), torch.bfloat16, "auto", 0)
+print(status("VmHWM") - before)
+"""
