@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import fp8_checkpoints as made
 import pytest
 import released
 import tiny_tokenizers
+from fp8_checkpoints import quantization_config
 
 import gemcutter.llm
 import gemcutter.serve.app
@@ -352,6 +354,54 @@ def test_info_of_shared_layers(folder, capsys):
     table = rows(capsys.readouterr().out)
     assert ["16", "sliding", "8", "1", "256", "512", "of layer 13", "12288", "-"] in table
     assert ["4", "full", "8", "1", "512", "all", "of layer 14", "12288", "-"] in table
+
+
+def test_info_of_a_config_in_fp8(folder, capsys):
+    path = Path(folder("26b"))
+    config = released.config("26b") | {"quantization_config": quantization_config()}
+    (path / "config.json").write_text(json.dumps(config))
+    assert main(["info", str(path), "--memory", "141", "--bandwidth", "4.39"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert ["weights", "26.05 GB"] in table
+    assert ["stored", "FP8: weights per channel, activations per token"] in table
+    held = "qkv (30 layers), o (30 layers), gate_up (30 layers), down (30 layers), experts (30 layers)"
+    assert ["in FP8", held] in table and ["saves", "24.42 GB of 50.47 GB"] in table
+    fits = int((141e9 - 26_049_920_060) // (32_768 * 20 * 1024 + 1024 * 200 * 1024))
+    assert ["32768", "880.80 MB", str(fits), str(fits * 32_768)] in table
+    assert next(row for row in table if row[0] == "1024" and len(row) == 5)[1] == "1.10"
+
+
+def test_info_asks_the_files_where_they_are(tmp_path, capsys):
+    """Of experts in bfloat16 the config says nothing; schemes that are dequantised save nothing."""
+    made.make(tmp_path / "together", within=None)
+    assert main(["info", str(tmp_path / "together")]) == 0
+    out = capsys.readouterr().out
+    assert "qkv (4 layers), o (4 layers), gate_up (4 layers), down (4 layers)\n" in out and "experts (" not in out
+    made.make(tmp_path / "static", config=quantization_config(made.CHANNEL, made.STATIC))
+    assert main(["info", str(tmp_path / "static")]) == 0
+    out = capsys.readouterr().out
+    assert "FP8: weights per channel, activations per tensor, static" in out and "nothing: this scheme" in out
+    assert "saves       0 B of" in out and "\n123 linears stored in FP8 are dequantised" in out
+
+
+def test_quantize(tmp_path, capsys):
+    out = tmp_path / "fp8"
+    assert main(["quantize", "carat", str(out), "--ignore", "re:.*o_proj"]) == 0
+    assert capsys.readouterr().out.startswith(f"Written to {out}: 0.01 GB")
+    assert main(["info", str(out)]) == 0
+    assert "qkv (6 layers), gate_up (6 layers), down (6 layers), experts (6 layers)" in capsys.readouterr().out
+    for arguments, says in (
+        (["quantize", "carat", str(out)], "exists"),
+        (["quantize", str(out), str(tmp_path / "again")], "is quantised already"),
+        (["quantize", "carat", str(tmp_path / "x"), "--ignore", "nothing"], "matches no linear"),
+        (["quantize", "carat", str(tmp_path / "x"), "--scheme", "int4"], "fp8-dynamic"),
+        (["generate", "hi", "--model-path", str(out), "--quantization", "fp8"], "nothing is left to quantise"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert says in capsys.readouterr().err, arguments
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8"]
 
 
 def test_info_says_what_does_not_fit(folder, capsys):

@@ -7,6 +7,8 @@ import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemcutter.checkpoint.config import read_spec
+from gemcutter.checkpoint.linears import linears
+from gemcutter.checkpoint.table import empty_weights
 from gemcutter.model import cost
 from gemcutter.model.cost import Part
 from gemcutter.spec import Kind
@@ -170,3 +172,45 @@ def test_activations_of_the_26b(specs):
     sliding, full = 8192 + 4096 + 4096 + 18 * 2816, 9216 + 8192 + 2048 + 18 * 2816
     assert one.bytes - none.bytes == 2 * (25 * sliding + 5 * full)
     assert more.bytes - one.bytes == 2 * (25 * sliding + 4 * full + 1024 + 2048)
+
+
+@pytest.fixture(scope="module")
+def fp8_specs(specs):
+    """With all linears and experts in FP8 that can be."""
+    slots = {name: {slot for slot in linears(spec, "").values() if slot} for name, spec in specs.items()}
+    return {name: dataclasses.replace(spec, quantized=frozenset(slots[name])) for name, spec in specs.items()}
+
+
+@pytest.mark.parametrize("name", released.NAMES)
+def test_bytes_of_weights_are_those_that_are_allocated(specs, fp8_specs, name):
+    mixed = dataclasses.replace(fp8_specs[name], quantized=frozenset(sorted(fp8_specs[name].quantized)[::3]))
+    for spec in (specs[name], mixed, fp8_specs[name]):
+        held = {id(x): x.nbytes for x in walk(empty_weights(spec, torch.device("meta"), torch.bfloat16))}
+        assert cost.weight_bytes(spec, 2) == sum(held.values())
+
+
+def walk(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif value is not None:
+        for part in value if isinstance(value, (list, tuple)) else vars(value).values():
+            yield from walk(part)
+
+
+def test_decode_floors_in_fp8(fp8_specs):
+    """Of the comparison with SGLang and vLLM: 1.09 ms a step of the 26B, about 7.3 of the 31B."""
+    assert ms(cost.decode_bytes(fp8_specs["26b"], 1, 1152, 2, 2)) == pytest.approx(1.09, abs=0.01)
+    assert ms(cost.decode_bytes(fp8_specs["31b"], 1, 1152, 2, 2)) == pytest.approx(7.3, rel=0.04)
+
+
+def test_a_step_s_parts_in_fp8(specs, fp8_specs):
+    """A byte each and a scale for each channel, of experts those of the experts touched; nothing else changes."""
+    plain, fp8 = (cost.step_work(of["26b"], 1, 1, 10, 2, 2) for of in (specs, fp8_specs))
+    layer = 2816 * 4 + 2 * 2112 * 4 + 2816 * 4  # o, gate and up, down
+    channels = 25 * (8192 * 4 + layer) + 5 * (9216 * 4 + layer)
+    router = 30 * 2816 * 128
+    assert fp8[Part.LINEARS].bytes == (plain[Part.LINEARS].bytes - 2 * router) / 2 + channels + 2 * router
+    assert fp8[Part.EXPERTS].bytes == plain[Part.EXPERTS].bytes / 2 + 30 * 8 * 4 * (2 * 704 + 2816)
+    for part in plain:
+        assert plain[part].flops == fp8[part].flops
+        assert part in (Part.LINEARS, Part.EXPERTS) or plain[part] == fp8[part]

@@ -103,7 +103,7 @@ def load_weights(plan: Plan, device: torch.device, dtype: torch.dtype, progress:
     """
     scales = read_scales(plan.schemes, plan.found)
     for notice in plan.notices:
-        logging.getLogger(__name__).warning(notice)
+        logging.getLogger(__name__).warning("%s: %s", plan.folder, notice)
     weights = empty_weights(plan.spec, device, dtype)
     table = pieces(plan.spec, weights, plan.prefix, plan.experts)
     by_file: dict[Path, set[str]] = defaultdict(set)

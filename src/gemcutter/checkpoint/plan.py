@@ -23,6 +23,7 @@ MAX_LISTED = 20  # problems named in one error
 class Plan:
     """Of files whose headers say that they hold exactly the model."""
 
+    folder: Path
     spec: ModelSpec  # with `quantized` as the files have it
     prefix: str
     experts: dict[int, ExpertNames]  # by layer
@@ -63,8 +64,7 @@ def read_plan(spec: ModelSpec, folder: Path) -> Plan:
     notices = _notices(spec, table, schemes)
     if unused:
         notices.append("its kv_cache_scheme is left out: K and V are cached in the dtype of the activations")
-    notices = [f"{folder}: {notice}" for notice in notices]
-    return Plan(spec, prefix, experts, schemes, {name: places[0] for name, places in found.items()}, notices)
+    return Plan(folder, spec, prefix, experts, schemes, {name: places[0] for name, places in found.items()}, notices)
 
 
 def _wanted(
