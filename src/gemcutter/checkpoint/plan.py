@@ -64,7 +64,8 @@ def read_plan(spec: ModelSpec, folder: Path) -> Plan:
     notices = _notices(spec, table, schemes)
     if unused:
         notices.append("its kv_cache_scheme is left out: K and V are cached in the dtype of the activations")
-    return Plan(folder, spec, prefix, experts, schemes, {name: places[0] for name, places in found.items()}, notices)
+    first = {name: places[0] for name, places in found.items()}
+    return Plan(folder, spec, prefix, experts, schemes, first, notices)
 
 
 def _wanted(
