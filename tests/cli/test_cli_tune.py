@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import fp8_checkpoints
 import pytest
 import released
 import torch
@@ -62,6 +64,19 @@ def test_sizes_come_from_flags_or_from_a_checkpoint(tmp_path, card, capsys):
     assert main(["tune", "moe", *SIZES, *argv]) == 0
     assert card[2] == (SHAPE, "float16", "NVIDIA H200", out, [1, 64])
     assert f"Written to {out}\n" in capsys.readouterr().out
+
+
+def test_experts_in_fp8_have_a_table_of_their_own(tmp_path, card):
+    path = Path(checkpoint(tmp_path, "26b")) / "config.json"
+    whole = json.loads(path.read_text())
+    ignored = [*fp8_checkpoints.IGNORE, "re:.*layers.3.*experts.*"]
+    for ignore in (fp8_checkpoints.IGNORE, ignored):
+        config = {"quantization_config": fp8_checkpoints.quantization_config(ignore=ignore)}
+        path.write_text(json.dumps(whole | config))
+        assert main(["tune", "moe", str(path.parent)]) == 0
+    assert main(["tune", "moe", *SIZES, "--dtype", "float8_e4m3fn"]) == 0
+    assert [dtype for _, dtype, *_ in card] == ["float8_e4m3fn", "bfloat16", "float8_e4m3fn"]
+    assert card[0][3] == table_path("NVIDIA H200", "float8_e4m3fn", SHAPE)
 
 
 def test_times_are_shown_beside_the_built_in_ones_and_the_floor(card, capsys):

@@ -18,6 +18,7 @@ from rich.table import Table
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.cli.flags import Parser, blame_user
+from gemcutter.spec import ModelSpec
 
 if TYPE_CHECKING:  # it imports PyTorch, for which no --help should wait
     from gemcutter.ops.experts_table import Plan, Shape
@@ -99,10 +100,15 @@ def _sizes(args: argparse.Namespace, given: list[str]) -> tuple[tuple[int, ...],
     if len(experts) != 1:
         args.parser.error(f"{args.model} has {len(experts) or 'no'} kinds of experts; one is needed")
     [one] = experts
-    dtype = args.dtype or spec.dtype
+    dtype = args.dtype or _dtype_of_experts(spec)
     if dtype not in DTYPES:
         args.parser.error(f"{args.model} is in {dtype}, whose tiles are fixed; give --dtype {' or '.join(DTYPES)}")
     return (one.num_experts, one.top_k, spec.hidden, one.width), dtype
+
+
+def _dtype_of_experts(spec: ModelSpec) -> str:
+    held = [f"layers.{layer.index}.experts" in spec.quantized for layer in spec.layers if layer.experts]
+    return "float8_e4m3fn" if all(held) else spec.dtype
 
 
 def _tune(shape: "Shape", dtype: str, device: str, out: Path, buckets: list[int]) -> "TileTable":
