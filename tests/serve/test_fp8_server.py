@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from conftest import Server
-from gemcutter.checkpoint.quantize import quantize_checkpoint
 from problems import extract_answer, held_out
 
 from gemcutter.checkpoint.files import locate
+from gemcutter.checkpoint.quantize import quantize_checkpoint
 
 AT_ONCE = 32
 
