@@ -55,17 +55,20 @@ def check_seams(dtype) -> None:
         a, b, c, d = torch.rand(4, width).to(dtype) + 0.5
         for extra in ((None, None), (c, d)):
             args = (out, residual, a, b, 1e-6, *extra)
-            same(attention_seam.attention_seam_launch(*args), attention_seam.attention_seam_reference(*args))
+            for fp8 in ((False, False), (True, False), (False, True), (True, True)):
+                got = attention_seam.attention_seam_launch(*args, *fp8)
+                same(got, attention_seam.attention_seam_reference(*args, *fp8))
         scalar = torch.rand(1).to(dtype) + 0.5
         for last in ((None, None), (scalar, b)):
             for experts in ((None,) * 5, (routed, c, d, None, None), (slots, c, d, ids, torch.rand(tokens, 6))):
                 args = (out, residual, a, 1e-6, *last, *experts)
-                same(layer_seam.layer_seam_launch(*args), layer_seam.layer_seam_reference(*args))
+                for fp8 in (False, True):
+                    same(layer_seam.layer_seam_launch(*args, fp8), layer_seam.layer_seam_reference(*args, fp8))
 
 
 def same(got, want) -> None:
     for g, w in zip(got, want, strict=True):
-        assert torch.equal(g, w), (g != w).sum()
+        assert not count_differing(g, w), (g.float() != w.float()).sum()
 
 
 def check_geglu(dtype) -> None:
@@ -119,6 +122,8 @@ if __name__ == "__main__":
     import importlib
 
     import torch
+
+    from gemcutter.verify.compare import count_differing
 
     modules = ("attention_seam", "embed", "experts", "geglu", "layer_seam", "logits", "rms_norm", "row")
     attention_seam, embed, experts, geglu, layer_seam, logits, rms_norm, row = (

@@ -5,9 +5,11 @@ import torch
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
-from gemcutter.ops.attention_seam import attention_seam, attention_seam_reference
-from gemcutter.ops.layer_seam import Routed, layer_seam, layer_seam_reference
+from gemcutter.ops.attention_seam import attention_seam, attention_seam_launch, attention_seam_reference
+from gemcutter.ops.layer_seam import Routed, layer_seam, layer_seam_launch, layer_seam_reference
+from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
 from gemcutter.ops.slot_sum import slot_sum_reference
+from gemcutter.verify.compare import count_differing
 
 EPS = 1e-6
 WIDTHS = [192, 1536, 2560, 2816, 3840, 5376]
@@ -95,6 +97,61 @@ def test_layer_seam_adds_up_the_experts(tokens, dtype):
         same(layer_seam(out, residual, post, EPS, routed=routed), want)
 
 
+FP8, HALF = quantize_fp8(torch.ones(2, 64)), torch.ones(2, 64)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_seams_quantise_for_readers_in_fp8(tokens):
+    """A pair for each reader in FP8, of what another reader gets; rows of other dtypes go to both as they are."""
+    for dtype in DTYPES:
+        attended, residual = rows(tokens, 192, dtype, 1), rows(tokens, 192, dtype, 2)
+        post, pre, expert_pre, scale = weights(4, 192, dtype)
+        plain = attention_seam(attended, residual, post, pre, EPS, expert_pre, scale)
+        for readers in ((FP8, HALF), (HALF, FP8), (FP8, FP8), (FP8, None)):
+            found = attention_seam(attended, residual, post, pre, EPS, expert_pre, scale, *readers)
+            same([found[0], found[3]], [plain[0], plain[3]])
+            for got, want, reader in zip(found[1:3], plain[1:3], readers, strict=True):
+                handed_out(got, want, reader)
+        dense = attention_seam(attended, residual, post, pre, EPS, reader=FP8)
+        same(dense[:1], plain[:1])
+        handed_out(dense[1], plain[1], FP8)
+        assert dense[2:] == (None, None)
+        scalar = torch.tensor([0.8125], dtype=dtype)
+        want = layer_seam(attended, residual, post, EPS, scalar, pre)
+        for reader in (FP8, HALF):
+            found = layer_seam(attended, residual, post, EPS, scalar, pre, reader=reader)
+            same(found[:1], want[:1])
+            handed_out(found[1], want[1], reader)
+        same(layer_seam(attended, residual, post, EPS, reader=FP8), layer_seam(attended, residual, post, EPS)[:1])
+
+
+def handed_out(got, want: torch.Tensor, reader) -> None:
+    assert isinstance(got, Quantized) == (reader is FP8 and want.dtype == torch.bfloat16)
+    pairs = zip(got, quantize_fp8(want), strict=True) if isinstance(got, Quantized) else [(got, want)]
+    assert not sum(count_differing(g, w) for g, w in pairs)
+
+
+def test_seams_in_fp8_refuse():
+    x, (post, pre) = rows(2, 64, torch.bfloat16, 1), weights(2, 64, torch.bfloat16)
+    ops = torch.ops.gemcutter
+    wide, heavy = torch.ones(1, 65544), torch.ones(65544)
+    for call, error, message in (
+        (lambda: ops.layer_seam_fp8(x, x, post, EPS, *[None] * 7), ValueError, "next_norm is None"),
+        (lambda: ops.attention_seam_fp8(x, x, post, pre, EPS, pre, None, True, True), ValueError, "come together"),
+        (
+            lambda: ops.attention_seam_fp8(wide, wide, heavy, heavy, EPS, None, None, True, False),
+            ValueError, "rows of 65544 to quantise",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+    for call in (
+        (ops.attention_seam_fp8.default, (x, x, post, pre, EPS, pre, post, True, False)),
+        (ops.layer_seam_fp8.default, (x, x, post, EPS, torch.ones(1).bfloat16(), pre, *[None] * 5)),
+    ):
+        torch.library.opcheck(*call)
+
+
 def test_layer_seam_refuses_slots():
     x, (post, dense_post, expert_post) = rows(3, 64, torch.float32, 1), weights(3, 64, torch.float32)
     slots, ids, top = slots_of(3, 64, torch.float32, 2)
@@ -153,10 +210,16 @@ def test_gpu_kernels_have_the_references_bits(width, dtype):
         for extra in ((None, None), (b, c)):
             got = attention_seam(wide, residual, post, a, EPS, *extra)
             same(got, attention_seam_reference(out, residual, post, a, EPS, *extra))
+            got = attention_seam_launch(wide, residual, post, a, EPS, *extra, True, True)
+            want = attention_seam_reference(out, residual, post, a, EPS, *extra, True, True)
+            assert not sum(map(count_differing, got, want))
         for last in ((None, None), (scalar, a)):
             for experts in (None, Routed(routed, b, c), Routed(slots, b, c, ids, top)):
                 got = layer_seam(out, residual, post, EPS, *last, experts)
                 flat = experts or (None,) * 5
                 same(got, layer_seam_reference(out, residual, post, EPS, *last, *flat))
+                fp8 = layer_seam_launch(out, residual, post, EPS, *last, *flat, True)
+                want = layer_seam_reference(out, residual, post, EPS, *last, *flat, True)
+                assert not sum(map(count_differing, fp8, want))
     alone = Routed(slots[5:6], b, c, ids[5:6], top[5:6])
     same(layer_seam(out[5:6], residual[5:6], post, EPS, scalar, a, alone), [x[5:6] for x in got])

@@ -40,7 +40,9 @@ PARTS = {
     "k_eq_v_norm": Part.NORMS,
     "qkv_rope_store": Part.NORMS,
     "attention_seam": Part.NORMS,
+    "attention_seam_fp8": Part.NORMS,
     "layer_seam": Part.NORMS,
+    "layer_seam_fp8": Part.NORMS,
     "select_experts": Part.ROUTER,
     "sort_by_expert": Part.ROUTER,
 }

@@ -17,9 +17,10 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, read_as_pair
+from gemcutter.ops.quantize_fp8 import Quantized, check_quantized_width, read_as_pair
 from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.ops.row import added, late, load_row, norm_factor, normed, seam_tile, store_row
+from gemcutter.ops.row_fp8 import empty_rows, hand_out, pointers, reference_rows, taken
 
 
 def attention_seam(
@@ -48,17 +49,23 @@ def attention_seam(
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    hidden, mlp_in, *more = _attention_seam(attended, residual, post, pre, eps, expert_pre, router_scale)
-    expert_in, router_in = more or (None, None)
-    if read_as_pair(reader, hidden.dtype):
-        mlp_in = quantize_fp8(mlp_in)
-    if more and read_as_pair(expert_reader, hidden.dtype):
-        expert_in = quantize_fp8(expert_in)
-    return hidden, mlp_in, expert_in, router_in
+    given = attended, residual, post, pre, eps, expert_pre, router_scale
+    mlp_fp8, expert_fp8 = (read_as_pair(each, attended.dtype) for each in (reader, expert_reader))
+    found = iter(
+        _attention_seam_fp8(*given, mlp_fp8, expert_fp8) if mlp_fp8 or expert_fp8 else _attention_seam(*given)
+    )
+    hidden, mlp_in = next(found), taken(found, mlp_fp8)
+    if expert_pre is None:
+        return hidden, mlp_in, None, None
+    return hidden, mlp_in, taken(found, expert_fp8), next(found)
 
 
-def check_attention_seam(attended, residual, post, pre, eps, expert_pre, router_scale) -> None:
+def check_attention_seam(
+    attended, residual, post, pre, eps, expert_pre, router_scale, mlp_fp8=False, expert_fp8=False
+) -> None:
     check_matrix("attended", attended)
+    if mlp_fp8 or expert_fp8:
+        check_quantized_width("attended", attended.shape[1])
     check_matrix("residual", residual, like=attended)
     if (expert_pre is None) != (router_scale is None):
         raise ValueError("expert_pre and router_scale come together: one of them is None")
@@ -68,19 +75,22 @@ def check_attention_seam(attended, residual, post, pre, eps, expert_pre, router_
             check_weight(name, weight, attended.shape[1], attended)
 
 
-def attention_seam_reference(attended, residual, post, pre, eps, expert_pre, router_scale) -> list[torch.Tensor]:
+def attention_seam_reference(
+    attended, residual, post, pre, eps, expert_pre, router_scale, mlp_fp8=False, expert_fp8=False
+) -> list[torch.Tensor]:
     hidden = residual + rms_norm_reference(attended, post, eps)
-    mlp_in = rms_norm_reference(hidden, pre, eps)
+    found = [hidden, *reference_rows(rms_norm_reference(hidden, pre, eps), mlp_fp8)]
     if expert_pre is None:
-        return [hidden, mlp_in]
+        return found
     router_in = rms_norm_reference(hidden, None, eps) * router_scale * hidden.shape[-1] ** -0.5
-    return [hidden, mlp_in, rms_norm_reference(hidden, expert_pre, eps), router_in]
+    return [*found, *reference_rows(rms_norm_reference(hidden, expert_pre, eps), expert_fp8), router_in]
 
 
 @triton.jit
 def _attention_seam_kernel(
     attended_ptr, residual_ptr, post_ptr, pre_ptr, expert_pre_ptr, router_scale_ptr,
-    hidden_ptr, mlp_in_ptr, expert_in_ptr, router_in_ptr, attended_stride, residual_stride, eps, root,
+    hidden_ptr, mlp_in_ptr, mlp_scale_ptr, expert_in_ptr, expert_scale_ptr, router_in_ptr,
+    attended_stride, residual_stride, eps, root,
     H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EXPERTS: tl.constexpr, EARLY: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -99,10 +109,10 @@ def _attention_seam_kernel(
     store_row(hidden_ptr + out, hidden, None, H, PARTS, PART)
     factor = norm_factor(hidden, eps, H)
     pre = late(pre, pre_ptr, H, PARTS, PART)
-    store_row(mlp_in_ptr + out, normed(hidden, factor, pre), None, H, PARTS, PART)
+    hand_out(mlp_in_ptr, mlp_scale_ptr, normed(hidden, factor, pre), row, H, PARTS, PART)
     if EXPERTS:
         expert_pre = late(expert_pre, expert_pre_ptr, H, PARTS, PART)
-        store_row(expert_in_ptr + out, normed(hidden, factor, expert_pre), None, H, PARTS, PART)
+        hand_out(expert_in_ptr, expert_scale_ptr, normed(hidden, factor, expert_pre), row, H, PARTS, PART)
         router_scale = late(router_scale, router_scale_ptr, H, PARTS, PART)
         store_row(router_in_ptr + out, _router_in(hidden, factor, router_scale, root), None, H, PARTS, PART)
 
@@ -118,23 +128,32 @@ def _router_in(xs, factor, scales, root):
     return ys
 
 
-def attention_seam_launch(attended, residual, post, pre, eps, expert_pre, router_scale) -> list[torch.Tensor]:
+def attention_seam_launch(
+    attended, residual, post, pre, eps, expert_pre, router_scale, mlp_fp8=False, expert_fp8=False
+) -> list[torch.Tensor]:
     tokens, width = attended.shape
     with_experts = expert_pre is not None
-    outs = [
-        torch.empty_like(attended, memory_format=torch.contiguous_format) for _ in range(4 if with_experts else 2)
-    ]
+    hidden, mlp_in = empty_rows(attended, False), empty_rows(attended, mlp_fp8)
+    expert_in, router_in = (
+        (empty_rows(attended, expert_fp8), empty_rows(attended, False)) if with_experts else ([], [])
+    )
     if tokens:
+        more = (*pointers(expert_in), *router_in) if with_experts else (None, None, None)
         _attention_seam_kernel[(tokens,)](
-            attended, residual, post, pre, expert_pre, router_scale, *outs, *[None] * (4 - len(outs)),
+            attended, residual, post, pre, expert_pre, router_scale, *hidden, *pointers(mlp_in), *more,
             attended.stride(0), residual.stride(0), eps, width**-0.5,
             H=width, EXPERTS=with_experts, **seam_tile(width, tokens, with_experts), **chained(attended),
         )  # fmt: skip
-    return outs
+    return [*hidden, *mlp_in, *expert_in, *router_in]
 
 
 _attention_seam = define(
     "attention_seam(Tensor attended, Tensor residual, Tensor post, Tensor pre, float eps,"
     " Tensor? expert_pre, Tensor? router_scale) -> Tensor[]",
+    check=check_attention_seam, reference=attention_seam_reference, launch=attention_seam_launch,
+)  # fmt: skip
+_attention_seam_fp8 = define(
+    "attention_seam_fp8(Tensor attended, Tensor residual, Tensor post, Tensor pre, float eps,"
+    " Tensor? expert_pre, Tensor? router_scale, bool mlp_fp8, bool expert_fp8) -> Tensor[]",
     check=check_attention_seam, reference=attention_seam_reference, launch=attention_seam_launch,
 )  # fmt: skip

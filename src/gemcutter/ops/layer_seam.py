@@ -10,6 +10,7 @@ residual and the scalar, so there the op runs twice: without scalar and next nor
 Source: HF `Gemma4TextDecoderLayer`.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ import triton.language as tl
 from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
-from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, read_as_pair
+from gemcutter.ops.quantize_fp8 import Quantized, check_quantized_width, read_as_pair
 from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.ops.row import added, late, load_row, norm_factor, norm_factors, normed, seam_tile, store_row
+from gemcutter.ops.row_fp8 import empty_rows, hand_out, pointers, reference_rows, taken
 from gemcutter.ops.slot_sum import check_slots, slot_sum, slot_sum_reference
 
 # Slots whose loads are under way at once. All 8 take registers that keep programs off the SM: 8192 rows of 26B-A4B
@@ -65,10 +67,10 @@ def layer_seam(
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    hidden, *next_in = _layer_seam(out, residual, post, eps, scalar, next_norm, *(routed or (None,) * 5))
-    if next_in and read_as_pair(reader, hidden.dtype):
-        return hidden, quantize_fp8(next_in[0])
-    return hidden, next_in[0] if next_in else None
+    fp8 = next_norm is not None and read_as_pair(reader, out.dtype)
+    run = _layer_seam_fp8 if fp8 else _layer_seam
+    found = iter(run(out, residual, post, eps, scalar, next_norm, *(routed or (None,) * 5)))
+    return next(found), None if next_norm is None else taken(found, fp8)
 
 
 def check_layer_seam(
@@ -94,6 +96,13 @@ def check_layer_seam(
             check_weight(name, weight, out.shape[1], out)
 
 
+def check_layer_seam_fp8(out, residual, post, eps, scalar, next_norm, *routed) -> None:
+    check_layer_seam(out, residual, post, eps, scalar, next_norm, *routed)
+    check_quantized_width("out", out.shape[1])
+    if next_norm is None:
+        raise ValueError("next_norm is None: without it nothing is quantised; call layer_seam")
+
+
 def _check_routed(out, routed, ids, weights) -> None:
     shape = tuple(out.shape)
     if ids is not None:
@@ -107,7 +116,7 @@ def _check_routed(out, routed, ids, weights) -> None:
 
 
 def layer_seam_reference(
-    out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights
+    out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights, fp8=False
 ) -> list[torch.Tensor]:
     if routed is not None:
         routed = routed if ids is None else slot_sum_reference(routed, ids, weights)
@@ -116,13 +125,13 @@ def layer_seam_reference(
     if next_norm is None:
         return [hidden]
     hidden = hidden * scalar
-    return [hidden, rms_norm_reference(hidden, next_norm, eps)]
+    return [hidden, *reference_rows(rms_norm_reference(hidden, next_norm, eps), fp8)]
 
 
 @triton.jit
 def _layer_seam_kernel(
     out_ptr, residual_ptr, post_ptr, scalar_ptr, next_norm_ptr, routed_ptr, dense_post_ptr, expert_post_ptr,
-    ids_ptr, weights_ptr, hidden_ptr, next_in_ptr, out_stride, residual_stride, eps,
+    ids_ptr, weights_ptr, hidden_ptr, next_in_ptr, next_scale_ptr, out_stride, residual_stride, eps,
     H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     TOGETHER: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -156,30 +165,35 @@ def _layer_seam_kernel(
         hidden = normed(hidden, scalar, None)
         factor = norm_factor(hidden, eps, H)
         next_in = normed(hidden, factor, late(next_norm, next_norm_ptr, H, PARTS, PART))
-        store_row(next_in_ptr + at, next_in, None, H, PARTS, PART)
+        hand_out(next_in_ptr, next_scale_ptr, next_in, row, H, PARTS, PART)
     store_row(hidden_ptr + at, hidden, None, H, PARTS, PART)
 
 
 def layer_seam_launch(
-    out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights
+    out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights, fp8=False
 ) -> list[torch.Tensor]:
     tokens, width = out.shape
-    outs = [
-        torch.empty_like(out, memory_format=torch.contiguous_format) for _ in range(1 if next_norm is None else 2)
-    ]
+    hidden, next_in = empty_rows(out, False), [] if next_norm is None else empty_rows(out, fp8)
     if tokens:
+        next_ptrs = pointers(next_in) if next_in else (None, None)
         _layer_seam_kernel[(tokens,)](
             out, residual, post, scalar, next_norm, routed, dense_post, expert_post, ids, weights,
-            outs[0], outs[-1], out.stride(0), residual.stride(0), eps,
+            *hidden, *next_ptrs, out.stride(0), residual.stride(0), eps,
             H=width, EXPERTS=routed is not None, TOP_K=0 if ids is None else ids.shape[1], TOGETHER=TOGETHER,
             LAST=next_norm is not None,
             **seam_tile(width, tokens, routed is not None), **chained(out),
         )  # fmt: skip
-    return outs
+    return [*hidden, *next_in]
 
 
 _layer_seam = define(
     "layer_seam(Tensor out, Tensor residual, Tensor post, float eps, Tensor? scalar, Tensor? next_norm,"
     " Tensor? routed, Tensor? dense_post, Tensor? expert_post, Tensor? ids, Tensor? weights) -> Tensor[]",
     check=check_layer_seam, reference=layer_seam_reference, launch=layer_seam_launch,
+)  # fmt: skip
+_layer_seam_fp8 = define(
+    "layer_seam_fp8(Tensor out, Tensor residual, Tensor post, float eps, Tensor? scalar, Tensor? next_norm,"
+    " Tensor? routed, Tensor? dense_post, Tensor? expert_post, Tensor? ids, Tensor? weights) -> Tensor[]",
+    check=check_layer_seam_fp8, reference=functools.partial(layer_seam_reference, fp8=True),
+    launch=functools.partial(layer_seam_launch, fp8=True),
 )  # fmt: skip

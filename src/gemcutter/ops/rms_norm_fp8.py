@@ -16,13 +16,11 @@ from gemcutter.ops.quantize_fp8 import (
     Quantized,
     check_quantized_width,
     empty_quantized,
-    magnitudes,
     quantize_fp8_reference,
-    quantized_bits,
-    scale_of,
 )
 from gemcutter.ops.rms_norm import rms_norm_reference
-from gemcutter.ops.row import added, columns, load_row, norm_factor, normed, row_tile, store_row
+from gemcutter.ops.row import added, load_row, norm_factor, normed, row_tile, store_row
+from gemcutter.ops.row_fp8 import hand_out
 
 
 def rms_norm_fp8(
@@ -79,23 +77,7 @@ def _rms_norm_fp8_kernel(
     if ADDED:
         x = added(x, load_row(residual_ptr + row * residual_stride, None, H, PARTS, PART))
         store_row(hidden_ptr + row * H, x, None, H, PARTS, PART)
-    factor = norm_factor(x, eps, H)
-    x = normed(x, factor, weight)
-    ys = ()
-    for part in tl.static_range(PARTS):
-        y = x[part].to(tl.float32)
-        if part * PART + PART > H:  # past the row's end 0 times an infinite factor is NaN, the largest of its row
-            y = tl.where(columns(PART) < H - part * PART, y, 0.0)
-        ys += (y,)
-    largest = tl.abs(ys[0])
-    for part in tl.static_range(1, PARTS):
-        largest = tl.maximum(largest, tl.abs(ys[part]), propagate_nan=tl.PropagateNan.ALL)
-    peak = tl.max(magnitudes(largest))
-    qs = ()
-    for part in tl.static_range(PARTS):
-        qs += (quantized_bits(ys[part], peak, x_ptr.dtype.element_ty != tl.float32),)
-    store_row(q_ptr + row * H, qs, None, H, PARTS, PART)
-    tl.store(scale_ptr + row, scale_of(peak))
+    hand_out(q_ptr, scale_ptr, normed(x, norm_factor(x, eps, H), weight), row, H, PARTS, PART)
 
 
 def rms_norm_fp8_launch(x, weight, eps, residual) -> list[torch.Tensor]:

@@ -1,5 +1,7 @@
 """Cases of the norm and of both seams."""
 
+import functools
+
 from gemcutter.ops.attention_seam import attention_seam_launch, attention_seam_reference
 from gemcutter.ops.layer_seam import layer_seam_launch, layer_seam_reference
 from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
@@ -14,10 +16,10 @@ def norm_cases() -> list[Case]:
     cases.append(_norm("head 256 no weight", 8, 256, weighted=False))
     cases.append(_norm(f"E4B per-layer {PER_LAYER}", 42, PER_LAYER))
     for model in GEMMA:
-        cases.append(_attention_seam(model))
+        cases += [_attention_seam(model, fp8) for fp8 in (False, True)]
         if model.per_layer:  # before and after the per-layer input
             cases.append(_layer_seam(model, last=False))
-        cases.append(_layer_seam(model, last=True))
+        cases += [_layer_seam(model, last=True, fp8=fp8) for fp8 in (False, True)]
         if model.experts:  # as `hf/` has it: HF's experts add up their outputs
             cases.append(_layer_seam(model, last=False, added=True))
     return cases
@@ -35,21 +37,31 @@ def _norm(shape: str, *dims: int, weighted: bool = True) -> Case:
     )  # fmt: skip
 
 
-def _attention_seam(model: Model) -> Case:
+def _attention_seam(model: Model, fp8: bool) -> Case:
+    """fp8: for the MLP and the experts; the router's input stays as it is."""
     width, routed = model.hidden, model.experts is not None
 
     def arguments(draw):
         more = (draw.weight(width), draw.weight(width)) if routed else (None, None)
-        return draw.rows(width), draw.rows(width), draw.weight(width), draw.weight(width), EPS, *more
+        return (
+            draw.rows(width),
+            draw.rows(width),
+            draw.weight(width),
+            draw.weight(width),
+            EPS,
+            *more,
+            *[True] * (2 * fp8),
+        )
 
+    saved = (1 + routed) * fp8  # of bytes an element, but for a scale each
     return Case(
-        "attention_seam", f"{model.name} hidden {width}{' experts' * routed}", arguments,
+        f"attention_seam{'_fp8' * fp8}", f"{model.name} hidden {width}{' experts' * routed}", arguments,
         attention_seam_launch, attention_seam_reference,
-        lambda rows: ((6 if routed else 4) * rows + (4 if routed else 2)) * width * 2,
+        lambda rows: ((6 if routed else 4) * rows + (4 if routed else 2)) * width * 2 - rows * saved * (width - 4),
     )  # fmt: skip
 
 
-def _layer_seam(model: Model, last: bool, added: bool = False) -> Case:
+def _layer_seam(model: Model, last: bool, added: bool = False, fp8: bool = False) -> Case:
     """added: the experts' outputs come as their sum."""
     width, routed = model.hidden, model.experts is not None
     count, top_k, _ = model.experts or (0, 0, 0)
@@ -70,6 +82,8 @@ def _layer_seam(model: Model, last: bool, added: bool = False) -> Case:
     form += " to the next layer" if last else " before the per-layer input" * (not routed)
     read = 2 + (slots or routed)
     return Case(
-        "layer_seam", f"{model.name} hidden {width}{form}", arguments, layer_seam_launch, layer_seam_reference,
-        lambda rows: ((read + 1 + last) * rows + 1 + last + 2 * routed) * width * 2 + rows * slots * (8 + 4),
+        f"layer_seam{'_fp8' * fp8}", f"{model.name} hidden {width}{form}", arguments,
+        functools.partial(layer_seam_launch, fp8=fp8), functools.partial(layer_seam_reference, fp8=fp8),
+        lambda rows: ((read + 1 + last) * rows + 1 + last + 2 * routed) * width * 2 + rows * slots * (8 + 4)
+        - rows * fp8 * (width - 4),
     )  # fmt: skip
