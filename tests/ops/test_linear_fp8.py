@@ -64,7 +64,7 @@ def test_bias_is_added_before_the_rounding(dtype):
 
 
 def test_scales_come_in_turn():
-    """(sum * x's scale) * the channel's, each rounded to float; sums of small integers have no order."""
+    """(sum * the channel's scale) * the row's, each rounded to float; sums of small integers have no order."""
     generator = torch.Generator().manual_seed(5)
     x, w = (torch.randint(-3, 4, (n, 64), generator=generator).float() for n in (40, 50))
     x[:, 0], w[:, 0] = 448.0, -448.0  # so that quantising leaves the integers as they are
@@ -72,8 +72,8 @@ def test_scales_come_in_turn():
     (q, scale), weight = quantize_fp8(x), quantize_fp8(w)
     total = (q.double() @ weight.q.double().T).float()
     found = linear(x, weight)
-    assert torch.equal(found, (total * scale) * weight.scale.T)
-    assert not torch.equal(found, (total * weight.scale.T) * scale)
+    assert torch.equal(found, (total * weight.scale.T) * scale)
+    assert not torch.equal(found, (total * scale) * weight.scale.T)
     assert not torch.equal(found, total * (scale * weight.scale.T))
 
 

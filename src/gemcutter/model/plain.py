@@ -97,7 +97,7 @@ def linear(x: Tensor, weight: Linear) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
     q, scale = quantize_fp8_reference(x)
-    return (F.linear(q.float(), weight.q.float()) * scale * weight.scale.T).to(x.dtype)
+    return (F.linear(q.float(), weight.q.float()) * weight.scale.T * scale).to(x.dtype)
 
 
 def attention(

@@ -1,6 +1,6 @@
 """Linear layer in FP8: rows of e4m3 with a scale each by weights of e4m3 with a scale for each output channel.
 
-out = (sum over K of q * weight.q) * scale * weight.scale + bias, products and sum in float, each scale in turn,
+out = (sum over K of q * weight.q) * weight.scale * scale + bias, products and sum in float, each scale in turn,
 rounded to the dtype once. A row that is not quantised yet is quantised by the rule of `quantize_fp8.py`, so both
 forms of x give the same bits.
 Source: compressed-tensors' W8A8 scheme, channel weights and dynamic tokens.
@@ -55,7 +55,7 @@ def linear_fp8_launch(x, scale, weight, weight_scale, bias) -> torch.Tensor:
 
 def _scaled(total, scale, weight_scale, bias) -> torch.Tensor:
     """float32"""
-    out = total * scale * weight_scale.T
+    out = total * weight_scale.T * scale
     return out if bias is None else out + bias.float()
 
 
