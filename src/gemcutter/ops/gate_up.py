@@ -9,11 +9,13 @@ Source: HF `Gemma4TextMLP`, and `Gemma4TextRouter`'s projection.
 import torch
 
 from gemcutter.ops.arguments import check_matrix
-from gemcutter.ops.gate_up_hopper import stream_gate_up, streams_gate_up
-from gemcutter.ops.geglu import geglu, geglu_launch, geglu_reference
+from gemcutter.ops.gate_up_fp8_hopper import stream_gate_up_fp8, streams_gate_up_fp8
+from gemcutter.ops.gate_up_hopper import MOST_TOKENS, stream_gate_up, streams_gate_up
+from gemcutter.ops.geglu import geglu_launch, geglu_reference
 from gemcutter.ops.geglu_fp8 import geglu_fp8
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import check_linear, linear, linear_launch, linear_reference
+from gemcutter.ops.linear_fp8 import check_linear_fp8, linear_fp8_launch, linear_fp8_reference, product_dtype
 from gemcutter.ops.quantize_fp8 import Quantized, read_as_pair
 
 
@@ -41,23 +43,45 @@ def gate_up(
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    if isinstance(weight, Quantized) or isinstance(reader, Quantized):
-        hidden = linear(x, weight)
-        activated = geglu_fp8(hidden) if read_as_pair(reader, hidden.dtype) else geglu(hidden)
-        return activated, None if router is None else linear(router_x, router)
-    out = _gate_up(x, weight, router_x, router)
+    values, scale = x if isinstance(x, Quantized) else (x, None)
+    if len(values) > MOST_TOKENS and read_as_pair(reader, product_dtype(values)):
+        # Ops one by one, one of which can also quantise. For few tokens one launch leaves that to the reader.
+        return geglu_fp8(linear(x, weight)), None if router is None else linear(router_x, router)
+    if isinstance(weight, Quantized):
+        out = _gate_up_fp8(values, scale, *weight, router_x, router)
+    else:
+        out = _gate_up(x, weight, router_x, router)
     return out[0], out[1] if router is not None else None
 
 
 def check_gate_up(x, weight, router_x, router) -> None:
     check_linear(x, weight)
-    if len(weight) % 2:
-        raise ValueError(f"weight has {len(weight)} rows: gate and up are its halves, so an even number")
-    if (router_x is None) != (router is None):
-        raise ValueError("router_x and router belong together: give both or neither")
-    if router is not None:
+    _check_halves(weight)
+    if _has_router(router_x, router):
         check_matrix("router_x", router_x, like=x)
         check_linear(router_x, router)
+
+
+def check_gate_up_fp8(x, scale, weight, weight_scale, router_x, router) -> None:
+    check_linear_fp8(x, scale, weight, weight_scale, None)
+    _check_halves(weight)
+    if _has_router(router_x, router):
+        check_matrix("router_x", router_x, width=x.shape[1])
+        if len(router_x) != len(x) or router_x.dtype != product_dtype(x):
+            got = f"router_x has {len(router_x)} rows of {router_x.dtype}"
+            raise ValueError(f"{got}: {len(x)} of {product_dtype(x)}, in which x is multiplied, are needed")
+        check_linear(router_x, router)
+
+
+def _check_halves(weight) -> None:
+    if len(weight) % 2:
+        raise ValueError(f"weight has {len(weight)} rows: gate and up are its halves, so an even number")
+
+
+def _has_router(router_x, router) -> bool:
+    if (router_x is None) != (router is None):
+        raise ValueError("router_x and router belong together: give both or neither")
+    return router is not None
 
 
 def gate_up_reference(x, weight, router_x, router) -> list[torch.Tensor]:
@@ -82,4 +106,30 @@ def gate_up_fake(x, weight, router_x, router) -> list[torch.Tensor]:
 _gate_up = define(
     "gate_up(Tensor x, Tensor weight, Tensor? router_x, Tensor? router) -> Tensor[]",
     check=check_gate_up, reference=gate_up_reference, launch=gate_up_launch, fake=gate_up_fake,
+)  # fmt: skip
+
+
+def gate_up_fp8_reference(x, scale, weight, weight_scale, router_x, router) -> list[torch.Tensor]:
+    hidden = geglu_reference(linear_fp8_reference(x, scale, weight, weight_scale, None))
+    return [hidden] if router is None else [hidden, linear_reference(router_x, router)]
+
+
+def gate_up_fp8_launch(x, scale, weight, weight_scale, router_x, router) -> list[torch.Tensor]:
+    if scale is None or not streams_gate_up_fp8(x, weight, router_x, router):
+        hidden = geglu_launch(linear_fp8_launch(x, scale, weight, weight_scale, None))
+        return [hidden] if router is None else [hidden, linear_launch(router_x, router)]
+    out = gate_up_fp8_fake(x, scale, weight, weight_scale, router_x, router)
+    stream_gate_up_fp8(x, scale, weight, weight_scale, router_x, router, out[0], *(out[1:] or [None]))
+    return out
+
+
+def gate_up_fp8_fake(x, scale, weight, weight_scale, router_x, router) -> list[torch.Tensor]:
+    hidden = x.new_empty(len(x), len(weight) // 2, dtype=product_dtype(x))
+    return [hidden] if router is None else [hidden, router_x.new_empty(len(x), len(router))]
+
+
+_gate_up_fp8 = define(
+    "gate_up_fp8(Tensor x, Tensor? scale, Tensor weight, Tensor weight_scale, Tensor? router_x, Tensor? router)"
+    " -> Tensor[]",
+    check=check_gate_up_fp8, reference=gate_up_fp8_reference, launch=gate_up_fp8_launch, fake=gate_up_fp8_fake,
 )  # fmt: skip

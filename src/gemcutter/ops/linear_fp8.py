@@ -7,9 +7,14 @@ Source: compressed-tensors' W8A8 scheme, channel weights and dynamic tokens.
 """
 
 import torch
+import triton
+import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
+from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
+from gemcutter.ops.linear_fp8_hopper import stream_row, streams_row
+from gemcutter.ops.linear_hopper import loads_by_tma, stream
 from gemcutter.ops.quantize_fp8 import (
     Quantized,
     check_quantized,
@@ -18,6 +23,9 @@ from gemcutter.ops.quantize_fp8 import (
     quantize_fp8_reference,
 )
 from gemcutter.ops.row_blocks import linear_in_blocks
+from gemcutter.ops.tanh import INTERPRETED
+
+MOST_STREAMED = 128  # rows; beyond, PyTorch's product is as fast or faster
 
 
 def linear_fp8(x: torch.Tensor | Quantized, weight: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -38,40 +46,99 @@ def check_linear_fp8(x, scale, weight, weight_scale, bias) -> None:
         check_quantized("x", x, scale, x.shape, x.device)
     check_quantized("weight", weight, weight_scale, (len(weight), x.shape[1]), x.device)
     if bias is not None:
-        check_weight("bias", bias, len(weight), x.new_empty(0, dtype=dtype_of(x)))
+        check_weight("bias", bias, len(weight), x.new_empty(0, dtype=product_dtype(x)))
 
 
 def linear_fp8_reference(x, scale, weight, weight_scale, bias) -> torch.Tensor:
     q, scale = (x, scale) if scale is not None else quantize_fp8_reference(x)
     # e4m3 has 4 bits of mantissa, so every product is exact in float.
-    total = linear_in_blocks(q.float(), weight.float())
-    return _scaled(total, scale, weight_scale, bias).to(dtype_of(x))
+    total = _chain(q, weight) if q.is_cuda else linear_in_blocks(q.float(), weight.float())
+    out = total * weight_scale.T * scale
+    return (out if bias is None else out + bias.float()).to(product_dtype(x))
+
+
+def _chain(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[T, N] float32, each the sum that tensor cores make. (With one scale for all, cuBLASLt may split K.)"""
+    one = torch.ones(max(len(q), len(weight)), 1, device=q.device)
+    out = torch.empty(len(q), len(weight), device=q.device)
+    if whole_tiles(weight):
+        return _scaled_mm(q, one[: len(q)], weight, one[: len(weight)], torch.float32)
+    _launch_plain(q, one, weight, one, None, out)
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _linear_fp8_kernel(
+    q_ptr, scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, out_ptr, tokens,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Program (n, t): 64 rows of the weight, the M operand, so that Hopper takes wgmma, by BLOCK_T tokens."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    weight_at = weight_ptr + tl.minimum(column, N - 1)[:, None].to(tl.int64) * K + k[None, :]
+    q_at = q_ptr + token[:, None].to(tl.int64) * K + k[None, :]
+    weight_scale = tl.load(weight_scale_ptr + tl.minimum(column, N - 1))
+    held = token < tokens
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    join(CHAINED)
+    release(CHAINED)
+    for begin in range(0, K, BLOCK_K):
+        inside = (k < K - begin)[None, :]
+        w = tl.load(weight_at + begin, mask=inside, other=0.0)
+        q = tl.load(q_at + begin, mask=inside & held[:, None], other=0.0)
+        if INTERPRETED:
+            w, q = w.to(tl.float32), q.to(tl.float32)
+        acc = tl.dot(w, tl.trans(q), acc)
+    acc = acc * weight_scale[:, None] * tl.load(scale_ptr + token, mask=held, other=0.0)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
+    at = out_ptr + token[None, :].to(tl.int64) * N + column[:, None]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=held[None, :] & (column < N)[:, None])
 
 
 def linear_fp8_launch(x, scale, weight, weight_scale, bias) -> torch.Tensor:
-    q, scale = (x, scale) if scale is not None else quantize_fp8_launch(x)
-    return _scaled(_sums(q, weight), scale, weight_scale, bias).to(dtype_of(x))
+    out = linear_fp8_fake(x, scale, weight, weight_scale, bias)
+    if scale is None and not (x.itemsize == 2 and streams_row(x, weight)):
+        x, scale = quantize_fp8_launch(x)
+    if streams_row(x, weight):
+        stream_row(x, scale, weight, weight_scale, bias, out)
+    elif 0 < len(x) <= MOST_STREAMED and loads_by_tma(x, weight):
+        stream(x, weight, out, bias, scale, weight_scale)
+    elif len(x) > MOST_STREAMED and whole_tiles(weight) and bias is None:
+        return _scaled_mm(x, scale, weight, weight_scale, out.dtype)
+    elif len(x):
+        _launch_plain(x, scale, weight, weight_scale, bias, out)
+    return out
 
 
-def _scaled(total, scale, weight_scale, bias) -> torch.Tensor:
-    """float32"""
-    out = total * weight_scale.T * scale
-    return out if bias is None else out + bias.float()
+def _scaled_mm(q, scale, weight, weight_scale, dtype: torch.dtype) -> torch.Tensor:
+    """Of the dtypes that it returns; the last product is then rounded as everywhere."""
+    given = dtype if dtype == torch.bfloat16 else torch.float32
+    return torch._scaled_mm(q, weight.t(), scale, weight_scale.t(), out_dtype=given, use_fast_accum=True).to(dtype)
 
 
-def _sums(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[T, N] float32, one chain of tensor core instructions each."""
-    if len(q) == 0 or weight.shape[0] % 16 or weight.shape[1] % 16:
-        return linear_in_blocks(q.float(), weight.float())
-    one = torch.ones((), device=q.device)
-    return torch._scaled_mm(q, weight.t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
+def whole_tiles(weight: torch.Tensor) -> bool:
+    """Whether PyTorch's product takes the weight, which has one for each row's scale only on a few cards."""
+    return weight.shape[0] % 16 == weight.shape[1] % 16 == 0 and loads_by_tma(weight)
+
+
+def _launch_plain(q, scale, weight, weight_scale, bias, out: torch.Tensor) -> None:
+    tokens, columns = out.shape
+    tile = dict(BLOCK_N=64, BLOCK_T=16 if tokens <= 16 else 64, BLOCK_K=128, num_warps=4, num_stages=4)
+    grid = triton.cdiv(columns, tile["BLOCK_N"]), triton.cdiv(tokens, tile["BLOCK_T"])
+    _linear_fp8_kernel[grid](
+        q, scale, weight, weight_scale, bias, out, tokens,
+        N=columns, K=weight.shape[1], **tile, enable_fp_fusion=False, **chained(q),
+    )  # fmt: skip
 
 
 def linear_fp8_fake(x, scale, weight, weight_scale, bias) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype_of(x))
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=product_dtype(x))
 
 
-def dtype_of(x: torch.Tensor) -> torch.dtype:
+def product_dtype(x: torch.Tensor) -> torch.dtype:
     """Of the products of x, or of a pair's q."""
     return torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
 

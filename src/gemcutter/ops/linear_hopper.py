@@ -29,9 +29,10 @@ _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e
 
 @gluon.jit
 def _stream_kernel(
-    weight_desc, x_desc, bias_ptr, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    weight_desc, x_desc, weight_scale_ptr, scale_ptr, bias_ptr, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Scales: of products in FP8, for each column and token; else None."""
     first, first_token = gl.program_id(0) * ROWS, gl.program_id(1) * BLOCK_T
     dtype: gl.constexpr = weight_desc.dtype
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
@@ -42,7 +43,8 @@ def _stream_kernel(
     fence_async_shared()
 
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    BYTES: gl.constexpr = (ROWS + BLOCK_T) * BLOCK_K * 2
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    BYTES: gl.constexpr = (ROWS + BLOCK_T) * BLOCK_K * BITS // 8
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
             mbarrier.expect(ready.index(stage), BYTES)
@@ -55,7 +57,7 @@ def _stream_kernel(
             at = [first_token, stage * BLOCK_K]
             load_tile(x_desc, at, ready.index(stage), x_stages.index(stage))
 
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_T, 256 // BITS])
     acc = gl.zeros([ROWS, BLOCK_T], gl.float32, layout)
     for step in range(STEPS):
         now = step % STAGES
@@ -77,6 +79,9 @@ def _stream_kernel(
 
     column = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     token = first_token + gl.arange(0, BLOCK_T, gl.SliceLayout(0, layout))
+    if scale_ptr is not None:
+        acc *= gl.load(weight_scale_ptr + column, mask=column < N, other=0.0)[:, None]
+        acc *= gl.load(scale_ptr + token, mask=token < tokens, other=0.0)[None, :]
     if bias_ptr is not None:
         acc += gl.load(bias_ptr + column, mask=column < N, other=0.0).to(gl.float32)[:, None]
     at = out_ptr + token[None, :].to(gl.int64) * N + column[:, None]
@@ -84,7 +89,7 @@ def _stream_kernel(
 
 
 def loads_by_tma(*matrices: torch.Tensor) -> bool:
-    """Whether kernels written for Hopper take these: there, of a kind below, rows at multiples of 16 bytes."""
+    """Whether kernels written for Hopper take these: there, of a kind above, rows at multiples of 16 bytes."""
     first = matrices[0]
     if first.dtype not in _KINDS or not first.is_cuda or torch.version.hip is not None:
         return False
@@ -94,17 +99,25 @@ def loads_by_tma(*matrices: torch.Tensor) -> bool:
     return aligned and torch.cuda.get_device_capability(first.device) == (9, 0)
 
 
-def stream(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """x [T, K], weight [N, K], bias [N] -> out [T, N], of any float dtype.
+def stream(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> None:
+    """x [T, K], weight [N, K], bias [N] -> out [T, N], of any float dtype; in FP8 with scales [T, 1] and [N, 1].
 
-    More than 64 rows stream the weights once for every 64.
+    More rows than fill a tile stream the weights once for every tile.
     """
     (tokens, depth), columns = x.shape, weight.shape[0]
-    block_t, block_k, stages = stream_tile(tokens)
+    tile = stream_tile(tokens) if scale is None else stream_fp8_tile(tokens, columns)
+    block_t, block_k, stages = tile
     _stream_kernel[(triton.cdiv(columns, ROWS), triton.cdiv(tokens, block_t))](
-        descriptor(weight, [ROWS, block_k]), descriptor(x, [block_t, block_k]), bias, out, tokens,
-        N=columns, K=depth, ROWS=ROWS, BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
-        num_warps=4, launch_pdl=True,
+        descriptor(weight, [ROWS, block_k]), descriptor(x, [block_t, block_k]), weight_scale, scale, bias, out,
+        tokens, N=columns, K=depth, ROWS=ROWS, BLOCK_T=block_t, BLOCK_K=block_k, STAGES=stages,
+        num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -113,6 +126,14 @@ def stream_tile(tokens: int) -> tuple[int, int, int]:
     if tokens <= 16:
         return 16, 256, 5
     return (32, 128, 8) if tokens <= 32 else (64, 128, 6)
+
+
+def stream_fp8_tile(tokens: int, columns: int) -> tuple[int, int, int]:
+    """As `stream_tile`; where programs are more than SMs, two share one, and fill the other's pauses."""
+    if tokens <= 16:
+        rows = 8 if tokens <= 8 else 16
+        return (rows, 256, 6 if rows == 8 else 5) if columns > 132 * ROWS else (rows, 512, 5)
+    return (32, 256, 8) if tokens <= 32 else (64, 256, 6) if tokens <= 64 else (128, 256, 4)
 
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
