@@ -13,7 +13,11 @@ from gemcutter.checkpoint.load import load
 from gemcutter.verify.compiles import compile_op
 
 # Ops whose every kernel, for few rows, joins first and lets the next one come then.
-SETTLERS = {"embed", "geglu", "select_experts", "attention_seam", "layer_seam", "linear", "linear_hopper"}
+SETTLERS = {
+    "embed", "geglu", "geglu_fp8", "quantize_fp8", "select_experts", "attention_seam", "attention_seam_fp8",
+    "layer_seam", "layer_seam_fp8", "linear", "linear_hopper", "linear_fp8", "linear_fp8_hopper",
+    "gate_up_fp8_hopper",
+}  # fmt: skip
 
 
 class OpsCalled(TorchDispatchMode):

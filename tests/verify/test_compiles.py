@@ -52,6 +52,17 @@ def test_gate_up_fits_hopper():
         assert "wgmma" in kernel.asm["ptx"] and kernel.metadata.shared <= SHARED_LIMIT
 
 
+def test_products_in_fp8_fit_hopper():
+    for op, count in (("linear_fp8_hopper", 2), ("gate_up_fp8_hopper", 4), ("linear_hopper", 11)):
+        [kernels] = compile_op(op, "sm_90").values()
+        assert len(kernels) == count
+        for kernel in kernels:
+            assert kernel.metadata.shared <= SHARED_LIMIT
+            assert "wgmma" in kernel.asm["ptx"] and (op == "linear_hopper" or "e4m3.e4m3" in kernel.asm["ptx"])
+    for kernel in compile_op("linear_fp8", "sm_90")["linear_fp8._linear_fp8_kernel"]:
+        assert "wgmma" in kernel.asm["ptx"] and "e4m3.e4m3" in kernel.asm["ptx"]
+
+
 def test_prefill_by_tma_fits_hopper():
     kernels = compile_op("attend_prefill_hopper", "sm_90")["attend_prefill_hopper._prefill_hopper_kernel"]
     assert len(kernels) == 2

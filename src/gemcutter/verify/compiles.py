@@ -30,8 +30,11 @@ from gemcutter.ops.experts_fp8 import experts_fp8_launch
 from gemcutter.ops.experts_hopper import grouped_experts
 from gemcutter.ops.experts_stream_hopper import stream_experts
 from gemcutter.ops.float_linear import float_linear_launch
+from gemcutter.ops.gate_up_fp8_hopper import stream_gate_up_fp8
 from gemcutter.ops.gate_up_hopper import stream_gate_up
 from gemcutter.ops.linear import linear_launch
+from gemcutter.ops.linear_fp8 import linear_fp8_launch
+from gemcutter.ops.linear_fp8_hopper import stream_row
 from gemcutter.ops.linear_hopper import stream
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 from gemcutter.verify.case import Case
@@ -93,6 +96,12 @@ def launches() -> dict[str, list[Callable[[], object]]]:
     found["float_linear"] = [functools.partial(_float_linear, rows) for rows in (1, 100)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
+    found["linear_hopper"] += [functools.partial(_stream, rows, fp8=True) for rows in (1, 9, 20, 64, 128)]
+    found["linear_fp8"] = [functools.partial(_linear_fp8, rows) for rows in (1, 20)]
+    found["linear_fp8_hopper"] = [functools.partial(_row, pair) for pair in (True, False)]
+    found["gate_up_fp8_hopper"] = [
+        functools.partial(_gate_up_fp8, rows, count) for rows in (1, 16) for count in (0, 128)
+    ]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
     found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
     found["attend_decode_hopper"] = [functools.partial(_attend_decode, *shape[:4]) for shape in shapes[:2]]
@@ -154,8 +163,32 @@ def _gate_up(rows: int, count: int, depth: int = 2816, width: int = 2112) -> Non
     stream_gate_up(half(rows, depth), half(2 * width, depth), *router, half(rows, width), logits)
 
 
-def _stream(rows: int, depth: int = 2816, columns: int = 2112) -> None:
+def _pair(*shape: int) -> Quantized:
+    return Quantized(torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(*shape[:-1], 1))
+
+
+def _linear_fp8(rows: int, depth: int = 2816, columns: int = 2112) -> None:
+    linear_fp8_launch(*_pair(rows, depth), *_pair(columns, depth), None)
+
+
+def _row(pair: bool, depth: int = 2816, columns: int = 2112) -> None:
+    x = _pair(1, depth) if pair else (torch.empty(1, depth, dtype=torch.bfloat16), None)
+    stream_row(*x, *_pair(columns, depth), None, torch.empty(1, columns, dtype=torch.bfloat16))
+
+
+def _gate_up_fp8(rows: int, count: int, depth: int = 2816, width: int = 2112) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    router = (half(rows, depth), half(count, depth)) if count else (None, None)
+    logits = half(rows, count) if count else None
+    stream_gate_up_fp8(*_pair(rows, depth), *_pair(2 * width, depth), *router, half(rows, width), logits)
+
+
+def _stream(rows: int, depth: int = 2816, columns: int = 2112, fp8: bool = False) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    if fp8:
+        (x, scale), (weight, weight_scale) = _pair(rows, depth), _pair(columns, depth)
+        stream(x, weight, half(rows, columns), None, scale, weight_scale)
+        return
     stream(half(rows, depth), half(columns, depth), half(rows, columns))
     stream(half(rows, depth), half(columns, depth), half(rows, columns), half(columns))
 
