@@ -16,7 +16,6 @@ from gemcutter.verify.compiles import compile_op
 SETTLERS = {
     "embed", "geglu", "geglu_fp8", "quantize_fp8", "select_experts", "attention_seam", "attention_seam_fp8",
     "layer_seam", "layer_seam_fp8", "linear", "linear_hopper", "linear_fp8", "linear_fp8_hopper",
-    "gate_up_fp8_hopper",
 }  # fmt: skip
 
 

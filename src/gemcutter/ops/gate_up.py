@@ -15,7 +15,7 @@ from gemcutter.ops.geglu import geglu_launch, geglu_reference
 from gemcutter.ops.geglu_fp8 import geglu_fp8
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import check_linear, linear, linear_launch, linear_reference
-from gemcutter.ops.linear_fp8 import check_linear_fp8, linear_fp8_launch, linear_fp8_reference, product_dtype
+from gemcutter.ops.linear_fp8 import check_linear_fp8, dtype_of, linear_fp8_launch, linear_fp8_reference
 from gemcutter.ops.quantize_fp8 import Quantized, read_as_pair
 
 
@@ -44,7 +44,7 @@ def gate_up(
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
     values, scale = x if isinstance(x, Quantized) else (x, None)
-    if len(values) > MOST_TOKENS and read_as_pair(reader, product_dtype(values)):
+    if len(values) > MOST_TOKENS and read_as_pair(reader, dtype_of(values)):
         # Ops one by one, one of which can also quantise. For few tokens one launch leaves that to the reader.
         return geglu_fp8(linear(x, weight)), None if router is None else linear(router_x, router)
     if isinstance(weight, Quantized):
@@ -67,9 +67,9 @@ def check_gate_up_fp8(x, scale, weight, weight_scale, router_x, router) -> None:
     _check_halves(weight)
     if _has_router(router_x, router):
         check_matrix("router_x", router_x, width=x.shape[1])
-        if len(router_x) != len(x) or router_x.dtype != product_dtype(x):
+        if len(router_x) != len(x) or router_x.dtype != dtype_of(x):
             got = f"router_x has {len(router_x)} rows of {router_x.dtype}"
-            raise ValueError(f"{got}: {len(x)} of {product_dtype(x)}, in which x is multiplied, are needed")
+            raise ValueError(f"{got}: {len(x)} of {dtype_of(x)}, in which x is multiplied, are needed")
         check_linear(router_x, router)
 
 
@@ -124,7 +124,7 @@ def gate_up_fp8_launch(x, scale, weight, weight_scale, router_x, router) -> list
 
 
 def gate_up_fp8_fake(x, scale, weight, weight_scale, router_x, router) -> list[torch.Tensor]:
-    hidden = x.new_empty(len(x), len(weight) // 2, dtype=product_dtype(x))
+    hidden = x.new_empty(len(x), len(weight) // 2, dtype=dtype_of(x))
     return [hidden] if router is None else [hidden, router_x.new_empty(len(x), len(router))]
 
 

@@ -46,7 +46,7 @@ def check_linear_fp8(x, scale, weight, weight_scale, bias) -> None:
         check_quantized("x", x, scale, x.shape, x.device)
     check_quantized("weight", weight, weight_scale, (len(weight), x.shape[1]), x.device)
     if bias is not None:
-        check_weight("bias", bias, len(weight), x.new_empty(0, dtype=product_dtype(x)))
+        check_weight("bias", bias, len(weight), x.new_empty(0, dtype=dtype_of(x)))
 
 
 def linear_fp8_reference(x, scale, weight, weight_scale, bias) -> torch.Tensor:
@@ -54,7 +54,7 @@ def linear_fp8_reference(x, scale, weight, weight_scale, bias) -> torch.Tensor:
     # e4m3 has 4 bits of mantissa, so every product is exact in float.
     total = _chain(q, weight) if q.is_cuda else linear_in_blocks(q.float(), weight.float())
     out = total * weight_scale.T * scale
-    return (out if bias is None else out + bias.float()).to(product_dtype(x))
+    return (out if bias is None else out + bias.float()).to(dtype_of(x))
 
 
 def _chain(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -135,10 +135,10 @@ def _launch_plain(q, scale, weight, weight_scale, bias, out: torch.Tensor) -> No
 
 
 def linear_fp8_fake(x, scale, weight, weight_scale, bias) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=product_dtype(x))
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype_of(x))
 
 
-def product_dtype(x: torch.Tensor) -> torch.dtype:
+def dtype_of(x: torch.Tensor) -> torch.dtype:
     """Of the products of x, or of a pair's q."""
     return torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
 

@@ -137,9 +137,7 @@ def _experts_arguments(
     tokens: int, in_fp8: bool = False, count: int = 128, top_k: int = 8, hidden: int = 2816, width: int = 704
 ) -> tuple:
     def matrix(*dims: int) -> torch.Tensor | Quantized:
-        if in_fp8:
-            return Quantized(torch.empty(dims, dtype=torch.float8_e4m3fn), torch.empty(*dims[:-1], 1))
-        return torch.empty(dims, dtype=torch.bfloat16)
+        return _pair(*dims) if in_fp8 else torch.empty(dims, dtype=torch.bfloat16)
 
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     return matrix(tokens, hidden), ids, matrix(count, 2 * width, hidden), matrix(count, hidden, width)

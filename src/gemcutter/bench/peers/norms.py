@@ -115,6 +115,8 @@ NORMS = {
         Peer("sgl_kernel rmsnorm, fused_add_rmsnorm, rmsnorm a reader", ("sgl_kernel",), _sgl_attention_seam),
         Peer("vLLM rms_norm, fused_add_rms_norm, rms_norm a reader", ("vllm",), _vllm_attention_seam),
     ],
+    "attention_seam_fp8": [],
+    "layer_seam_fp8": [],
     "layer_seam": [
         Peer(
             "sgl_kernel moe_sum_reduce, SGLang rmsnorm_residual_scalar, sgl_kernel rmsnorm",
