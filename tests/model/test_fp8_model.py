@@ -5,8 +5,9 @@ import sys
 import pytest
 import tiny_models
 import torch
-from forward import PAGE, logits_of_all, step_batch
+from forward import PAGE, build, logits_of_all, step_batch
 from fp8_weights import LINEARS, quantized
+from test_ops_swapped import Case, differing
 
 from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
@@ -69,3 +70,20 @@ def test_same_bits_wherever_rows_are_quantised(kind, linears, layers, monkeypatc
         monkeypatch.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
     assert torch.equal(logits(spec, in_fp8, ids), fused)
     assert not torch.equal(logits(spec, weights, ids), fused)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["26b", "31b"])
+@torch.inference_mode()
+def test_gpu_same_bits_wherever_rows_are_quantised(name, tmp_path, monkeypatch):
+    """Released widths: prompts side by side, then a token of each, then both; and one prompt."""
+    spec, weights = build(name, tmp_path)
+    weights = quantized(weights, experts=True)
+    for lengths in ([1, 9, 200], [200]):
+        case = Case(spec, weights, lengths)
+        fused = case.run()
+        with monkeypatch.context() as patched:
+            for op in ("attention_seam", "layer_seam", "gate_up"):
+                patched.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
+            assert not differing(case.run(), fused, spec)
+        assert all(step.isfinite().all() for step in fused[0])
