@@ -20,8 +20,12 @@ PRODUCTS = ("nvjet", "gemm", "gemv", "cutlass", "splitkreduce", "cublas", "aten:
 # By op, and for kernels by the file of ops/ that they stand in; others are Part.OTHER.
 PARTS = {
     "linear": Part.LINEARS,
+    "linear_fp8": Part.LINEARS,
+    "linear_fp8_hopper": Part.LINEARS,
     "linear_hopper": Part.LINEARS,
     "gate_up": Part.LINEARS,
+    "gate_up_fp8": Part.LINEARS,
+    "gate_up_fp8_hopper": Part.LINEARS,
     "gate_up_hopper": Part.LINEARS,
     "experts": Part.EXPERTS,
     "experts_hopper": Part.EXPERTS,
