@@ -30,6 +30,8 @@ PARTS = {
     "experts": Part.EXPERTS,
     "experts_hopper": Part.EXPERTS,
     "experts_stream_hopper": Part.EXPERTS,
+    "experts_tiled": Part.EXPERTS,
+    "experts_tiled_fp8": Part.EXPERTS,
     "attend": Part.ATTENTION,
     "attend_decode": Part.ATTENTION,
     "attend_decode_hopper": Part.ATTENTION,
@@ -47,7 +49,10 @@ PARTS = {
     "attention_seam_fp8": Part.NORMS,
     "layer_seam": Part.NORMS,
     "layer_seam_fp8": Part.NORMS,
+    "add_norm": Part.NORMS,
+    "rope_store": Part.NORMS,
     "select_experts": Part.ROUTER,
+    "sigmoid_topk": Part.ROUTER,
     "sort_by_expert": Part.ROUTER,
 }
 AFTER_HEAD = ("logits", "softcap", "embed", "sample")  # and the end
