@@ -34,8 +34,8 @@ def hf_replies(model: str, problems: list, device: str, batch: int = 100) -> lis
     return replies
 
 
-def our_replies(model: str, problems: list, device: str) -> list[str]:
-    with LLM(model=model, device=device, max_running_requests=64) as llm:
+def our_replies(model: str, problems: list, device: str, kv_cache_dtype: str = "auto") -> list[str]:
+    with LLM(model=model, device=device, kv_cache_dtype=kv_cache_dtype, max_running_requests=64) as llm:
         params = SamplingParams(temperature=0, max_tokens=LONGEST)
         return [r.outputs[0].text for r in llm.chat([p.messages for p in problems], params)]
 
@@ -63,3 +63,16 @@ def test_accuracy_is_that_of_hf(model, device):
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     print(f"{model} on {device}: gemcutter {mine:.1%}, HF {hf:.1%}; {same} of {len(problems)} replies the same")
     assert abs(mine - hf) <= 0.005
+
+
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu),
+])  # fmt: skip
+@pytest.mark.parametrize("model", MODELS)
+def test_an_fp8_cache_costs_a_point_at_most(model, device):
+    problems = held_out(500)
+    plain, fp8 = (our_replies(model, problems, device, cache) for cache in ("auto", "fp8_e4m3"))
+    right, still = share_right(plain, problems), share_right(fp8, problems)
+    same = sum(a == b for a, b in zip(plain, fp8, strict=True))
+    print(f"{model} on {device}: {right:.1%}, with an FP8 cache {still:.1%}; {same} of {len(problems)} the same")
+    assert still >= right - 0.01

@@ -66,6 +66,23 @@ def test_tiny_crowd_equals_alone(tiny, crowd, ahead, monkeypatch):
     assert (seen.cached_tokens == 0) == ("no_reuse" in crowd)
 
 
+def test_tiny_crowd_with_an_fp8_cache_equals_alone(tmp_path, monkeypatch):
+    """K/V are quantised before any are read, so neither chunks nor company nor pages lost show."""
+    tiny_models.make("ple_shared", **VOCAB).save_pretrained(tmp_path)
+    rng = random.Random(8)
+    bases = [[rng.randrange(3, 100) for _ in range(40)] for _ in range(2)]
+    requests = [mixed_request(rng, str(i), bases, [0, 8, 17, 40], 13, [1, 20, 20, None]) for i in range(16)]
+    options = dict(context_length=64, kv_cache_dtype="fp8_e4m3")
+    plain = alone(start(tmp_path, context_length=64, disable_radix_cache=True), requests)
+    wanted = alone(start(tmp_path, **options, disable_radix_cache=True), requests)
+    assert any(wanted[id].logprobs != plain[id].logprobs for id in wanted), "the cache is none of FP8"
+    crowd = {"max_running_requests": 8, "chunked_prefill_size": 13}
+    budget = tight_budget(tmp_path, 64, 8, 1, **crowd)
+    monkeypatch.setattr("gemcutter.engine.kv_byte_budget", lambda *_: budget)
+    engine = start(tmp_path, **options, **crowd)
+    assert check_crowd(engine, requests, wanted, rng, aborts=0.01).preempted, "too easy"
+
+
 CONTEXT = 320
 CARAT_CROWDS = {
     "whole": {"max_running_requests": 64},
@@ -76,11 +93,13 @@ CARAT_CROWDS = {
     },
 }  # fmt: skip
 CARATS = [
-    pytest.param("carat", "cpu", ["chunks_of_37_short_of_pages"], id="carat"),
-    pytest.param("carat", "cpu", list(CARAT_CROWDS), id="carat-all", marks=pytest.mark.slow),
-    pytest.param("carat-edge", "cpu", list(CARAT_CROWDS), id="carat-edge-all", marks=pytest.mark.slow),
-    pytest.param("carat", "cuda", list(CARAT_CROWDS), id="carat-cuda", marks=pytest.mark.gpu),
-    pytest.param("carat-edge", "cuda", list(CARAT_CROWDS), id="carat-edge-cuda", marks=pytest.mark.gpu),
+    pytest.param("carat", "cpu", "auto", ["chunks_of_37_short_of_pages"], id="carat"),
+    pytest.param("carat", "cpu", "auto", list(CARAT_CROWDS), id="carat-all", marks=pytest.mark.slow),
+    pytest.param("carat", "cpu", "fp8_e4m3", list(CARAT_CROWDS), id="carat-fp8-cache-all", marks=pytest.mark.slow),
+    pytest.param("carat-edge", "cpu", "auto", list(CARAT_CROWDS), id="carat-edge-all", marks=pytest.mark.slow),
+    pytest.param("carat", "cuda", "auto", list(CARAT_CROWDS), id="carat-cuda", marks=pytest.mark.gpu),
+    pytest.param("carat", "cuda", "fp8_e4m3", list(CARAT_CROWDS), id="carat-fp8-cache-cuda", marks=pytest.mark.gpu),
+    pytest.param("carat-edge", "cuda", "auto", list(CARAT_CROWDS), id="carat-edge-cuda", marks=pytest.mark.gpu),
 ]
 
 
@@ -91,23 +110,25 @@ def carat_requests() -> list:
     return [mixed_request(rng, str(i), bases, [0, 8, 40, 100, 231], 13, [1, 3, 3, 8, 32]) for i in range(64)]
 
 
-@pytest.mark.parametrize("model, device, crowds", CARATS)
-def test_crowd_of_64_equals_alone(model, device, crowds, monkeypatch):
+@pytest.mark.parametrize("model, device, cache, crowds", CARATS)
+def test_crowd_of_64_equals_alone(model, device, cache, crowds, monkeypatch):
     requests = carat_requests()
-    solo = start(model, device=device, context_length=CONTEXT, disable_radix_cache=True)
+    always = dict(device=device, kv_cache_dtype=cache, context_length=CONTEXT)
+    solo = start(model, **always, disable_radix_cache=True)
     wanted = alone(solo, requests)
     turns = next_turns(requests, wanted, 10, CONTEXT - 6)
     assert len(turns) == 10
     wanted |= alone(solo, turns)
     for crowd in crowds:
-        options = {"context_length": CONTEXT, **CARAT_CROWDS[crowd]}
+        options = always | CARAT_CROWDS[crowd]
         with monkeypatch.context() as patch:
             if "short" in crowd:
-                budget = tight_budget(locate(model), CONTEXT, 8, 2, **options)
+                element_bytes = 2 if cache == "auto" else 1
+                budget = tight_budget(locate(model), CONTEXT, 8, element_bytes, **CARAT_CROWDS[crowd])
                 patch.setattr("gemcutter.engine.kv_byte_budget", lambda *_, budget=budget: budget)
-            engines = [start(model, device=device, **options)]
+            engines = [start(model, **options)]
             if device == "cuda":
-                engines.append(start(model, device=device, **options, disable_cuda_graph=True))
+                engines.append(start(model, **options, disable_cuda_graph=True))
         for engine in engines:
             rng = random.Random(crowd)
             cold = check_crowd(engine, requests, wanted, rng)

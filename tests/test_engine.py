@@ -30,6 +30,22 @@ def test_suppressed_tokens_outside_the_vocabulary_harm_nobody(engine, tmp_path):
     assert finish(other, requests) == finish(engine, requests)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtype_of_the_cache(dtype, monkeypatch):
+    """auto is the model's; FP8 has half the bytes or a quarter, and so twice the pages or four times."""
+    monkeypatch.setattr("gemcutter.engine.kv_byte_budget", lambda *_: 2**19)
+    pages = {}
+    for asked, got in (("auto", dtype), (dtype, dtype), ("fp8_e4m3", "fp8_e4m3")):
+        one = Engine.start(EngineConfig(device="cpu", dtype=dtype, kv_cache_dtype=asked, context_length=64))
+        assert one.config.kv_cache_dtype == got
+        pages[got] = sum(one.stats().pages_total.values())
+    times = getattr(torch, dtype).itemsize
+    assert times * pages[dtype] - 16 <= pages["fp8_e4m3"] <= times * pages[dtype] + 16, pages
+    other = {"bfloat16": "float32", "float32": "float16"}[dtype]
+    with pytest.raises(ValueError, match=f"auto, {dtype} .* or fp8_e4m3, got '{other}'"):
+        Engine.start(EngineConfig(device="cpu", dtype=dtype, kv_cache_dtype=other))
+
+
 def test_impossible_requests_are_refused_and_leave_nothing(engine):
     wrong = [([], "no tokens"), ([5] * 64, "context holds 64"), ([5, engine.spec.vocab], "vocab"), ([-1], "vocab")]
     for prompt, why in wrong:

@@ -39,6 +39,11 @@ class EngineConfig:
         "of weights and activations; auto: the checkpoint's own",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "of the KV cache; auto: that of activations; fp8_e4m3: half the bytes, scales from the weights",
+        choices=("auto", "bfloat16", "float16", "float32", "fp8_e4m3"),
+    )
     load_format: str = option(
         "auto",
         "dummy makes random weights: matrices N(0, 0.02), vectors 1",

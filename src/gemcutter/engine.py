@@ -16,6 +16,7 @@ from gemcutter.checkpoint.files import locate
 from gemcutter.checkpoint.load import load, quantize_on_load
 from gemcutter.config import EngineConfig
 from gemcutter.model.gemma4 import Gemma4
+from gemcutter.model.kv_scales import scales_of
 from gemcutter.run.build import StepBuilder
 from gemcutter.run.device import kv_byte_budget, resolve_device
 from gemcutter.run.graphs import StepGraphs
@@ -58,7 +59,9 @@ class Engine:
         config = _resolved(config, spec, device)
         dtype = getattr(torch, config.dtype)
         weights = load(spec, folder, device, dtype, config.load_format, config.random_seed)
-        layout = CacheLayout.of(spec, config.page_size, dtype.itemsize)
+        is_fp8 = config.kv_cache_dtype == "fp8_e4m3"
+        kv_dtype = torch.float8_e4m3fn if is_fp8 else dtype
+        layout = CacheLayout.of(spec, config.page_size, kv_dtype.itemsize)
         size = size_cache(
             layout,
             kv_byte_budget(device, config.mem_fraction_static),
@@ -70,7 +73,8 @@ class Engine:
             max_total_tokens=config.max_total_tokens,
         )
         config = dataclasses.replace(config, context_length=size.context_length)
-        pool = KVPool(spec, layout, size.pages, dtype, device)
+        scales = scales_of(spec, weights) if is_fp8 else None
+        pool = KVPool(spec, layout, size.pages, kv_dtype, device, scales)
         ledger = Ledger(
             layout, size.pages, config.max_running_requests, size.context_length, not config.disable_radix_cache
         )
@@ -204,11 +208,16 @@ class Engine:
 def _resolved(config: EngineConfig, spec: ModelSpec, device: torch.device) -> EngineConfig:
     """Without "auto", and with numbers where the user left the choice; the cache decides the context later."""
     running = config.max_running_requests or MAX_RUNNING[device.type]
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    if kv_dtype not in (dtype, "fp8_e4m3"):
+        raise ValueError(f"kv_cache_dtype must be auto, {dtype} (as the activations) or fp8_e4m3, got {kv_dtype!r}")
     largest = running if config.cuda_graph_max_bs is None else min(config.cuda_graph_max_bs, running)
     return dataclasses.replace(
         config,
         device=str(device),
-        dtype=spec.dtype if config.dtype == "auto" else config.dtype,
+        dtype=dtype,
+        kv_cache_dtype=kv_dtype,
         max_running_requests=running,
         cuda_graph_max_bs=0 if config.disable_cuda_graph or device.type == "cpu" else largest,
     )

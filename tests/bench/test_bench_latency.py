@@ -190,7 +190,7 @@ def test_roofline_by_hand():
     steps = Steps()
     steps.ran = [Ran(name, float(i), seconds) for i, (name, seconds) in enumerate(step * 4)]
     ceiling = Ceiling(bandwidth=1e9, flops=1e12)
-    got = decode_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 2, ceiling)
+    got = decode_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 2, 2, ceiling)
     rows = {row.part: row for row in got.rows}
     work = cost.step_work(spec, 3, 1, 100, 2, 2)
     assert set(rows) == {L, E, A, H, N, O} and got.wall == 0.02 and got.measured == pytest.approx(0.010)
@@ -199,7 +199,7 @@ def test_roofline_by_hand():
     assert rows[N].measured == pytest.approx(0.001) and rows[N].share == pytest.approx(0.1)
     assert rows[E].measured == 0 and rows[E].floor == pytest.approx(work[E].bytes / 1e9)
     assert got.floor == pytest.approx(cost.decode_bytes(spec, 3, 100, 2, 2) / 1e9)
-    slow = prefill_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 50, 2, Ceiling(1e30, 1e3))
+    slow = prefill_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 50, 2, 2, Ceiling(1e30, 1e3))
     whole = 3 * cost.prefill_flops(spec, 50) + 3 * 2 * spec.vocab * spec.hidden
     assert slow.floor == pytest.approx(whole / 1e3) and slow.wall == 1.0
     assert sum(row.launches for row in slow.rows) == 16

@@ -78,6 +78,14 @@ def test_a4b_in_72_gb():
     assert (got.pages[SLIDING] - 1) * 16 >= 128 * 1024 + 8192
 
 
+def test_elements_of_one_byte_hold_twice_the_tokens():
+    half, whole = (
+        size(CacheLayout.of(A4B, 16, element), 72 * 10**9, max_running_requests=512) for element in (1, 2)
+    )
+    assert half.pages[SLIDING] >= whole.pages[SLIDING]
+    assert half.pages[FULL] > 1.999 * whole.pages[FULL] > 10**5
+
+
 def test_a_large_budget_stops_at_what_requests_can_use():
     got = size(CacheLayout.of(E2B, 16, 2), 10**13, context_length=4096, max_running_requests=3)
     assert got.pages[FULL] == 3 * 256 + 1

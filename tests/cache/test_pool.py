@@ -48,6 +48,20 @@ def test_shared_layers_read_their_owner(pool):
     assert len(set(owned)) == 6
 
 
+def test_an_fp8_cache_has_scales_by_owner():
+    scales = {index: torch.full((2, 2 if index < 2 else 1), 2.0**-index) for index in range(3)}
+    layout = CacheLayout.of(SPEC, 8, 1)
+    pool = KVPool(SPEC, layout, PAGES, torch.float8_e4m3fn, torch.device("cpu"), scales)
+    assert [pool.scales(index) is scales[owner] for index, owner in enumerate((0, 1, 2, 1, 2))] == [True] * 5
+    caches = [cache(index) for index in range(3) for cache in (pool.k, pool.v)]
+    assert not any(cache.float().any() for cache in caches)
+    assert sum(cache.nbytes for cache in caches) == sum(PAGES[kind] * layout.page_bytes[kind] for kind in PAGES)
+
+
+def test_without_scales(pool):
+    assert [pool.scales(index) for index in range(5)] == [None] * 5
+
+
 def test_bytes_are_what_the_layout_says(pool):
     layout = CacheLayout.of(SPEC, 8, 2)
     total = sum(cache(index).nbytes for index in range(3) for cache in (pool.k, pool.v))

@@ -64,7 +64,7 @@ def test_every_field_has_a_flag_of_its_own_type():
         "page_size": 32, "chunked_prefill_size": 128, "max_prefill_tokens": 256, "max_running_requests": 7,
         "cuda_graph_max_bs": 8, "disable_cuda_graph": True, "disable_radix_cache": True, "random_seed": 5,
         "served_model_name": "me", "host": "::1", "port": 1234, "api_key": "k", "max_body_bytes": 10,
-        "max_queued_requests": 11, "quantization": "fp8",
+        "max_queued_requests": 11, "quantization": "fp8", "kv_cache_dtype": "fp8_e4m3",
     }  # fmt: skip
     missing = {f.name for f in dataclasses.fields(EngineConfig)} - other.keys()
     assert not missing, f"give values for new fields: {missing}"

@@ -1,7 +1,7 @@
 """Attention problems with a float64 answer, for the reference, the interpreter and the GPU alike.
 
 Everything that no query may see is NaN: the dump page, freed pages, keys behind the window, the tail of the last
-page, pages of nobody.
+page, pages of nobody. The answer over an FP8 cache is that over what the cache stands for.
 """
 
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gemcutter.batch import StepBatch
+from gemcutter.ops.kv_fp8 import kv_bytes, kv_from_fp8, kv_to_fp8
 
 
 @dataclass
@@ -22,10 +23,13 @@ class Case:
     k: list[torch.Tensor]  # of each sequence, [kv_len, num_kv_heads, D] in the cache's dtype
     v: list[torch.Tensor]
     scale: float
+    kv_scales: torch.Tensor | None = None  # of an FP8 cache
 
     @property
     def args(self) -> tuple:
-        return self.q, self.k_cache, self.v_cache, self.batch, self.pages, self.window, self.scale
+        return (
+            self.q, self.k_cache, self.v_cache, self.batch, self.pages, self.window, self.scale, self.kv_scales,
+        )  # fmt: skip
 
 
 def make_case(
@@ -40,8 +44,12 @@ def make_case(
     seed: int = 0,
     spare_pages: int = 3,
     scale: float = 1.0,
+    fp8: bool = False,
 ) -> Case:
-    """lengths: (query tokens, keys held) of each sequence, single queries first. Scaled scores have deviation 3."""
+    """lengths: (query tokens, keys held) of each sequence, single queries first. Scaled scores have deviation 3.
+
+    fp8: the cache is one, each of its heads with scales of its own; q is of dtype all the same.
+    """
     rng = torch.Generator().manual_seed(seed)
     num_tokens = sum(query for query, _ in lengths)
     num_decodes = next((i for i, (query, _) in enumerate(lengths) if query > 1), len(lengths))
@@ -54,8 +62,10 @@ def make_case(
     num_pages = 1 + sum(needed) + spare_pages
     ids = (1 + torch.randperm(num_pages - 1, generator=rng)).tolist()  # page 0 is the dump
     shape = (num_pages, kv_heads, page_size, head_dim)
-    k_cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
-    v_cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
+    stored = torch.float8_e4m3fn if fp8 else dtype
+    k_cache = torch.full(shape, float("nan"), dtype=stored, device=device)
+    v_cache = torch.full(shape, float("nan"), dtype=stored, device=device)
+    kv_scales = 2.0 ** torch.randint(-8, 3, (2, kv_heads), generator=rng).to(device) if fp8 else None
     pages = torch.zeros(len(lengths), max(needed) + spare_pages, dtype=torch.int32)
     all_k, all_v = [], []
     for i, (query, held) in enumerate(lengths):
@@ -66,10 +76,14 @@ def make_case(
             pages[i, j] = mine[j]
         at = torch.arange(oldest, held)
         page, offset = torch.tensor(mine, dtype=torch.long)[at // page_size], at % page_size
-        k_cache[page.to(device), :, offset.to(device)] = k[oldest:]
-        v_cache[page.to(device), :, offset.to(device)] = v[oldest:]
-        all_k.append(k)
-        all_v.append(v)
+        for cache, x, all_x, part in ((k_cache, k, all_k, 0), (v_cache, v, all_v, 1)):
+            if fp8:
+                x = kv_to_fp8(x, kv_scales[part])
+                all_x.append(kv_from_fp8(x.transpose(0, 1), kv_scales[part], dtype).transpose(0, 1))
+            else:
+                all_x.append(x)
+            cache, x = kv_bytes(cache, x)
+            cache[page.to(device), :, offset.to(device)] = x[oldest:]
     starts = torch.tensor([0] + [query for query, _ in lengths]).cumsum(0)
     batch = StepBatch(
         token_ids=None,
@@ -82,7 +96,7 @@ def make_case(
         max_query_len=max((query for query, _ in lengths[num_decodes:]), default=0),
         max_kv_len=max(held for _, held in lengths),
     )
-    return Case(q, k_cache, v_cache, batch, pages.to(device), window, all_k, all_v, scale)
+    return Case(q, k_cache, v_cache, batch, pages.to(device), window, all_k, all_v, scale, kv_scales)
 
 
 def alone(case: Case, i: int) -> tuple[tuple, slice]:
@@ -101,7 +115,16 @@ def alone(case: Case, i: int) -> tuple[tuple, slice]:
     )
     width = -(-held // case.k_cache.shape[2])
     pages = case.pages[i : i + 1, :width].clone()
-    return (case.q[rows].clone(), case.k_cache, case.v_cache, batch, pages, case.window, case.scale), rows
+    return replace(case, q=case.q[rows].clone(), batch=batch, pages=pages).args, rows
+
+
+def as_it_stands_for(case: Case) -> Case:
+    """The same over a cache of q's dtype that holds what the FP8 cache stands for."""
+    k_cache, v_cache = (
+        torch.stack([kv_from_fp8(page, scale, case.q.dtype) for page in cache])
+        for cache, scale in zip((case.k_cache, case.v_cache), case.kv_scales, strict=True)
+    )
+    return replace(case, k_cache=k_cache, v_cache=v_cache, kv_scales=None)
 
 
 def visible(query: int, held: int, window: int | None) -> torch.Tensor:

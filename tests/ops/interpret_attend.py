@@ -2,25 +2,25 @@
 
 import torch
 import triton
-from attend_cases import alone, error, exact, make_case
+from attend_cases import alone, as_it_stands_for, error, exact, make_case
 
 from gemcutter.ops.attend_decode import MAX_SLOTS, SPLIT, launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 
 
-def attend_by_kernels(q, k_cache, v_cache, batch, pages, window, scale=1.0) -> torch.Tensor:
+def attend_by_kernels(q, k_cache, v_cache, batch, pages, window, scale, kv_scales) -> torch.Tensor:
     """What `attend` does on a GPU."""
     out = torch.full_like(q, float("nan"))
-    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, scale, out)
+    launch_decode(q, k_cache, v_cache, kv_scales, batch.kv_len, pages, batch.num_decodes, window, scale, out)
     launch_prefill(
-        q, k_cache, v_cache, batch.query_start, batch.kv_len, pages,
+        q, k_cache, v_cache, kv_scales, batch.query_start, batch.kv_len, pages,
         batch.num_decodes, batch.max_query_len, window, scale, out,
     )  # fmt: skip
     return out
 
 
-def check(lengths, heads, kv_heads, head_dim, page_size, window, dtype, bound, scale=1.0) -> None:
-    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, scale=scale)
+def check(lengths, heads, kv_heads, head_dim, page_size, window, dtype, bound, scale=1.0, fp8=False) -> None:
+    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, scale=scale, fp8=fp8)
     got = attend_by_kernels(*case.args)
     wrong = error(got, exact(case))
     print(f"{heads}/{kv_heads} D{head_dim} window {window} page {page_size} {dtype}: error {wrong:.1e}")
@@ -28,6 +28,8 @@ def check(lengths, heads, kv_heads, head_dim, page_size, window, dtype, bound, s
     for i in range(len(lengths)):
         args, rows = alone(case, i)
         assert torch.equal(attend_by_kernels(*args), got[rows]), f"sequence {i} differs in a crowd"
+    if fp8:
+        assert torch.equal(attend_by_kernels(*as_it_stands_for(case).args), got), "the scales are no exact factors"
 
 
 def check_chunks(dtype) -> None:
@@ -39,8 +41,8 @@ def check_chunks(dtype) -> None:
             case.batch.query_start = torch.tensor([0, end - begin], dtype=torch.int32)
             case.batch.kv_len = torch.tensor([50 + end], dtype=torch.int32)
             case.batch.max_query_len = end - begin
-            chunk = (case.q[begin:end].clone(), case.k_cache, case.v_cache, case.batch, case.pages, window)
-            assert torch.equal(attend_by_kernels(*chunk), whole[begin:end]), (window, begin)
+            chunk = attend_by_kernels(case.q[begin:end].clone(), *case.args[1:])
+            assert torch.equal(chunk, whole[begin:end]), (window, begin)
 
 
 def check_many_splits() -> None:
@@ -68,6 +70,9 @@ if __name__ == "__main__":
     check([(1, 260), (9, 150)], 2, 1, 256, 16, 128, torch.float32, 1e-5)
     check([(1, 260), (9, 150)], 12, 1, 128, 16, None, torch.float16, 4e-3, scale=128**-0.5)
     check([(1, 260), (9, 150)], 2, 1, 32, 16, 40, torch.float32, 1e-5, scale=3.0)
+    check(mixed, 4, 2, 32, 16, 40, torch.float32, 1e-5, fp8=True)
+    check(mixed, 4, 2, 64, 8, None, torch.float16, 4e-3, scale=0.3, fp8=True)
+    check(mixed, 6, 2, 64, 16, 40, torch.bfloat16, 1e-2, fp8=True)
     check_chunks(torch.float16)
     check_many_splits()
     check_padded_row()

@@ -21,8 +21,12 @@ def make_store(
     device: str = "cpu",
     pad: int = 0,
     kind: Kind = Kind.NORMAL,
+    fp8: bool = False,
 ) -> dict:
-    """Arguments by name. Every head is of that kind; `pad` NaNs stand between rows, POISON in the caches."""
+    """Arguments by name. Every head is of that kind; `pad` NaNs stand between rows, POISON in the caches.
+
+    fp8: the caches are; every head has scales of its own, with some of which values overflow, or vanish.
+    """
     all_heads = heads + KV_PARTS[mode] * kv_heads
     drawn = Draw(num_tokens * all_heads, kind, dtype, device).rows(head_dim).view(num_tokens, all_heads * head_dim)
     qkv = torch.full((num_tokens, all_heads * head_dim + pad), float("nan"), dtype=dtype, device=device)
@@ -31,9 +35,9 @@ def make_store(
     stores = mode is not QkvMode.Q_ONLY
     context, num_pages = 4000, num_tokens // page_size + 4
     slots = page_size + draw.permutation((num_pages - 1) * page_size)[:num_tokens]
-    k_cache, v_cache = (
-        torch.full((num_pages, kv_heads, page_size, head_dim), POISON, dtype=dtype, device=device) for _ in range(2)
-    )
+    shape, stored = (num_pages, kv_heads, page_size, head_dim), torch.float8_e4m3fn if fp8 else dtype
+    k_cache, v_cache = (torch.full(shape, POISON, dtype=stored, device=device) for _ in range(2))
+    powers = torch.randint(-15, 8, (2, kv_heads), generator=torch.Generator().manual_seed(num_tokens))
     cos, sin = rope_table(RopeSpec(1e4, angles), head_dim, context, dtype, device)
     return dict(
         qkv=qkv,
@@ -49,6 +53,7 @@ def make_store(
         v_cache=v_cache if stores else None,
         slots=slots if stores else None,
         mode=mode,
+        kv_scales=2.0 ** powers.to(device) if fp8 and stores else None,
     )
 
 
@@ -81,12 +86,18 @@ def main() -> None:
         ]:  # fmt: skip
             args = make_store(*shape, 3, 16, dtype, pad=8, kind=kind)
             compare(qkv_rope_store_launch, qkv_rope_store_reference, args)
+    for shape in shapes:
+        for kind, dtype in [(kind, torch.bfloat16) for kind in Kind] + [(Kind.HEAVY, torch.float32)]:
+            args = make_store(*shape, 3, 16, dtype, pad=8, kind=kind, fp8=True)
+            compare(qkv_rope_store_launch, qkv_rope_store_reference, args)
     for shape, num_tokens in ((shapes[0], 515), (shapes[3], 703)):  # up to 2^20 dims and over, last tiles not full
         args = make_store(*shape, num_tokens, 16, torch.bfloat16, kind=Kind.HEAVY)
         compare(qkv_rope_store_launch, qkv_rope_store_reference, args)
     nothing = make_store(*shapes[0], 0, 16, torch.float32)
     assert qkv_rope_store_launch(**nothing).shape == (0, 4, 32) and (nothing["k_cache"] == POISON).all()
     odd = make_store(2, 1, 80, 20, QkvMode.QKV, 3, 16, torch.bfloat16, pad=8)  # no tile of that width: unfused
+    compare(qkv_rope_store_launch, qkv_rope_store_reference, odd)
+    odd = make_store(2, 1, 80, 20, QkvMode.QKV, 3, 16, torch.bfloat16, pad=8, fp8=True)
     compare(qkv_rope_store_launch, qkv_rope_store_reference, odd)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attend_cases import alone, error, exact, make_case
+from attend_cases import alone, as_it_stands_for, error, exact, make_case
 from interpreter import interpret
 from test_attend import hf_eager
 
@@ -60,10 +60,27 @@ def test_kernels_against_float64(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["26B-sliding", "26B-full", "31B-sliding", "groups of 3, pages of 8"])
-def test_a_chunk_has_the_bits_of_the_whole_prompt(name):
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_fp8_cache_has_the_bits_of_what_it_stands_for(name):
     heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
-    case = make_case([(700, 1900)], heads, kv_heads, head_dim, page_size, window, dtype, "cuda")
+    lengths = DECODES + CHUNKS
+    case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, "cuda", fp8=True)
+    got, want = attend(*case.args), attend(*as_it_stands_for(case).args)
+    assert error(got, exact(case)) < {BF16: 3e-2, FP16: 4e-3, FP32: 3e-5}[dtype]
+    differ = (got != want).flatten(1).any(1)
+    print(f"{name}: {differ.sum()} of {len(got)} rows differ")
+    assert not differ.any()
+    for i in range(len(lengths)):
+        args, rows = alone(case, i)
+        assert torch.equal(attend(*args), got[rows]), f"sequence {i} {lengths[i]} differs in a crowd"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("name", ["26B-sliding", "26B-full", "31B-sliding", "groups of 3, pages of 8"])
+def test_a_chunk_has_the_bits_of_the_whole_prompt(name, fp8):
+    heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
+    case = make_case([(700, 1900)], heads, kv_heads, head_dim, page_size, window, dtype, "cuda", fp8=fp8)
     whole = attend(*case.args)
     for begin, end in ((0, 1), (1, 300), (300, 431), (431, 700)):
         batch = replace(
@@ -72,7 +89,7 @@ def test_a_chunk_has_the_bits_of_the_whole_prompt(name):
             kv_len=torch.tensor([1200 + end], dtype=torch.int32, device="cuda"),
             max_query_len=end - begin,
         )
-        part = attend(case.q[begin:end].clone(), case.k_cache, case.v_cache, batch, case.pages, window)
+        part = attend(case.q[begin:end].clone(), case.k_cache, case.v_cache, batch, case.pages, window, case.scales)
         assert torch.equal(part, whole[begin:end]), f"tokens {begin} to {end}"
 
 

@@ -63,6 +63,20 @@ def test_reference_has_hfs_bits(name, values, hf_sums_as_we_do):
             assert (cache == POISON).all(), "a slot of nobody's was written"
 
 
+@pytest.mark.parametrize("name", ["tiny", "k-eq-v", "96 dims"])
+def test_an_fp8_cache_takes_what_hf_makes(name, hf_sums_as_we_do):
+    for values in Values:
+        args = make_store(*SHAPES[name], num_tokens=13, page_size=16, dtype=torch.bfloat16, kind=values, fp8=True)
+        want_q, *wanted = by_hf(args)
+        assert count_differing(qkv_rope_store(**args), want_q) == 0
+        page, offset = args["slots"] // 16, args["slots"] % 16
+        for cache, want, scale in zip((args["k_cache"], args["v_cache"]), wanted, args["kv_scales"], strict=True):
+            divided = (want.double() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            assert count_differing(cache[page, :, offset], divided) == 0
+            cache.view(torch.uint8)[page, :, offset] = 1
+            assert (cache.view(torch.uint8) == 1).logical_or(cache.float() == POISON).all()
+
+
 def test_pairs_that_do_not_turn_are_multiplied():
     """Only there would a copy be possible, and its bits others: HF multiplies an infinity by sin 0."""
     args = make_store(*SHAPES["shared"], 5, 16, torch.float32, kind=Values.INF)
@@ -95,11 +109,14 @@ def test_mode_of():
 
 
 @pytest.mark.parametrize("name", ["tiny", "96 dims", "shared"])
-@pytest.mark.parametrize("num_tokens", [0, 3])
-def test_pytorch_sees_through(name, num_tokens):
-    args = make_store(*SHAPES[name], num_tokens, 16, torch.bfloat16, pad=8)
+@pytest.mark.parametrize("num_tokens, fp8", [(0, False), (3, False), (3, True)])
+def test_pytorch_sees_through(name, num_tokens, fp8):
+    args = make_store(*SHAPES[name], num_tokens, 16, torch.bfloat16, pad=8, fp8=fp8)
     args["mode"] = args["mode"].value
-    torch.library.opcheck(torch.ops.gemcutter.qkv_rope_store.default, tuple(args.values()))
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if not fp8:  # PyTorch compares what an op mutates with a product, and has none of FP8
+        checks.append("test_schema")
+    torch.library.opcheck(torch.ops.gemcutter.qkv_rope_store.default, tuple(args.values()), test_utils=checks)
 
 
 T3 = torch.arange(3)
@@ -124,6 +141,8 @@ REFUSED = {
     "cache heads": (dict(k_cache=torch.zeros(4, 3, 16, 32)), ValueError, r"dense \[pages, 2, page size, 32\]"),
     "cache strides": (dict(v_cache=torch.zeros(4, 16, 2, 32).transpose(1, 2)), ValueError, "v_cache has shape"),
     "cache dtype": (dict(k_cache=torch.zeros(4, 2, 16, 32).half()), TypeError, "k_cache is torch.float16"),
+    "no FP8 cache": (dict(kv_scales=torch.ones(2, 2)), TypeError, "with kv_scales torch.float8_e4m3fn"),
+    "no scales": (dict(k_cache=torch.zeros(4, 2, 16, 32).to(torch.float8_e4m3fn)), TypeError, "without kv_scales"),
     "two caches": (dict(v_cache=torch.zeros(5, 2, 16, 32)), ValueError, "k_cache's"),
 }  # fmt: skip
 
@@ -143,6 +162,9 @@ def test_the_op_refuses_what_has_nowhere_to_go():
     args = make_store(*SHAPES["shared"], 3, 16, torch.float32)
     cache = torch.zeros(2, 2, 16, 512)
     args = args | dict(k_cache=cache, mode="q_only")
+    scales = args | dict(k_cache=None, kv_scales=torch.ones(2, 2))
+    with pytest.raises(ValueError, match="kv_scales: in mode q_only nothing is stored"):
+        torch.ops.gemcutter.qkv_rope_store(*scales.values())
     with pytest.raises(ValueError, match="k_cache: in mode q_only nothing is stored"):
         torch.ops.gemcutter.qkv_rope_store(*args.values())
     with pytest.raises(ValueError, match="q_and_a"):
@@ -161,8 +183,9 @@ def test_kernel_interpreted():
 def test_kernel_has_the_references_bits(name, dtype):
     for num_tokens in (0, 1, 130, 700):  # both tiles
         for values in Values if num_tokens == 130 else (Values.NORMAL, Values.HEAVY):
-            args = make_store(*SHAPES[name], num_tokens, 16, dtype, "cuda", pad=64, kind=values)
-            compare(qkv_rope_store, qkv_rope_store_reference, args)
+            for fp8 in (False, True):
+                args = make_store(*SHAPES[name], num_tokens, 16, dtype, "cuda", pad=64, kind=values, fp8=fp8)
+                compare(qkv_rope_store, qkv_rope_store_reference, args)
     args = make_store(*SHAPES[name], 33, 16, dtype, "cuda", pad=3)  # rows that no vector is aligned to
     compare(qkv_rope_store, qkv_rope_store_reference, args)
 

@@ -37,20 +37,22 @@ class Roofline:
         return sum(row.measured for row in self.rows)
 
 
-def decode_roofline(spec: ModelSpec, latency: Latency, batch: int, element: int, ceiling: Ceiling) -> Roofline:
-    """Of one step. `element`: bytes of a weight and of a value in the cache."""
-    work = cost.step_work(spec, batch, 1, latency.context, element, element)
-    moved = cost.decode_bytes(spec, batch, latency.context, element, element)
+def decode_roofline(
+    spec: ModelSpec, latency: Latency, batch: int, element: int, kv_element: int, ceiling: Ceiling
+) -> Roofline:
+    """Of one step. Bytes of a weight, and of a value in the cache."""
+    work = cost.step_work(spec, batch, 1, latency.context, element, kv_element)
+    moved = cost.decode_bytes(spec, batch, latency.context, element, kv_element)
     flops = sum(part.flops for part in work.values())
     rows = _rows(work, latency.decode, PROFILED_STEPS, ceiling)
     return Roofline(rows, Work(moved, flops).seconds(*ceiling), latency.tpot)
 
 
 def prefill_roofline(
-    spec: ModelSpec, latency: Latency, batch: int, input_len: int, element: int, ceiling: Ceiling
+    spec: ModelSpec, latency: Latency, batch: int, input_len: int, element: int, kv_element: int, ceiling: Ceiling
 ) -> Roofline:
     """Of all steps until every request has a token."""
-    work = cost.step_work(spec, batch, input_len, input_len, element, element)
+    work = cost.step_work(spec, batch, input_len, input_len, element, kv_element)
     moved = cost.prefill_bytes(spec, batch, input_len, element)
     flops = sum(part.flops for part in work.values())
     return Roofline(_rows(work, latency.prefill, 1, ceiling), Work(moved, flops).seconds(*ceiling), latency.ttft)

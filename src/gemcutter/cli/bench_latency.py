@@ -18,6 +18,7 @@ from rich.table import Table
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.cli.flags import Parser, add_config, add_model, blame_user, read_config
+from gemcutter.model.cost import DTYPE_BYTES
 
 WIDTH = 110  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
@@ -79,9 +80,10 @@ def run(args: argparse.Namespace) -> int:
                 engine, args.batch_size, args.input_len, args.output_len, config.random_seed, stage
             )
     batch, input_len = args.batch_size, args.input_len
+    elements = dtype.itemsize, DTYPE_BYTES[engine.config.kv_cache_dtype]
     parts = {
-        "decode": roofline.decode_roofline(spec, latency, batch, dtype.itemsize, ceiling),
-        "prefill": roofline.prefill_roofline(spec, latency, batch, input_len, dtype.itemsize, ceiling),
+        "decode": roofline.decode_roofline(spec, latency, batch, *elements, ceiling),
+        "prefill": roofline.prefill_roofline(spec, latency, batch, input_len, *elements, ceiling),
     }
     says = {"decode": "one step: time per token", "prefill": "all of the prompts: time to first token"}
     for phase, one in parts.items():
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         "model": config.model_path,
         "device": name,
         "dtype": dtype_name,
+        "kv_cache_dtype": engine.config.kv_cache_dtype,
         "batch_size": batch,
         "input_len": input_len,
         "output_len": args.output_len,

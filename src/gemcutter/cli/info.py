@@ -32,6 +32,10 @@ def add_arguments(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--model-path", metavar="STR", help="the same as the positional argument")
     parser.add_argument("--revision", metavar="STR", help="branch, tag or commit of a hub checkpoint")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8_e4m3"), default="auto",
+        help="of the K/V counted here; auto: the checkpoint's dtype (default: auto)",
+    )  # fmt: skip
     parser.add_argument("--memory", type=_positive, metavar="GB", help="memory for weights and cache, 1e9 bytes")
     parser.add_argument("--bandwidth", type=_positive, metavar="TB/S", help="memory bandwidth, 1e12 bytes/s")
     parser.add_argument("--flops", type=_positive, metavar="TFLOP/S", help="matrix throughput, 1e12 FLOP/s")
@@ -50,13 +54,14 @@ def run(args: argparse.Namespace) -> int:
             spec, notices = plan.spec, plan.notices
     console = Console()
     console.width = max(console.width, WIDTH)
-    parts = [_size(spec, model), _layers(spec), _memory(spec)]
+    kv_element = cost.DTYPE_BYTES[spec.dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype]
+    parts = [_size(spec, model), _layers(spec), _memory(spec, kv_element)]
     if quantization is not None:
         parts.append(_quantized(spec, quantization, notices))
     if args.memory:
-        parts += _fit(spec, args.memory * 1e9)
+        parts += _fit(spec, args.memory * 1e9, kv_element)
     if args.bandwidth:
-        parts += _decode_floors(spec, args.bandwidth * 1e12)
+        parts += _decode_floors(spec, args.bandwidth * 1e12, kv_element)
     if args.flops:
         parts += _prefill_floors(spec, args.flops * 1e12, args.bandwidth and args.bandwidth * 1e12)
     for part in parts:
@@ -116,9 +121,9 @@ def _layers(spec: ModelSpec) -> Table:
     return table
 
 
-def _memory(spec: ModelSpec) -> str:
+def _memory(spec: ModelSpec, kv_element: int) -> str:
     total, active, element = cost.parameters(spec), cost.active_parameters(spec), _element(spec)
-    full, sliding = (spec.kv_bytes_per_token(kind, element) / 1024 for kind in (Kind.FULL, Kind.SLIDING))
+    full, sliding = (spec.kv_bytes_per_token(kind, kv_element) / 1024 for kind in (Kind.FULL, Kind.SLIDING))
     lines = [
         f"parameters  {_count(total)}, active for a token {_count(active)}",
         f"weights     {_bytes(cost.weight_bytes(spec, element))}",
@@ -150,22 +155,22 @@ def _contexts(spec: ModelSpec) -> list[int]:
     return sorted({min(context, spec.context_length) for context in (*CONTEXTS, spec.context_length)})
 
 
-def _fit(spec: ModelSpec, memory: float) -> list[Table | str]:
+def _fit(spec: ModelSpec, memory: float, kv_element: int) -> list[Table | str]:
     free = memory - cost.weight_bytes(spec, _element(spec))
     if free <= 0:
         return [f"The weights do not fit into {_bytes(memory)}.\n"]
     table = _table("context", "K/V a request", "requests", "tokens")
     for context in _contexts(spec):
-        each = cost.kv_bytes(spec, context, _element(spec))
+        each = cost.kv_bytes(spec, context, kv_element)
         requests = int(free // each)
         table.add_row(f"{context}", _bytes(each), f"{requests}", f"{requests * context}")
     return [f"What {_bytes(free)} beside the weights hold:", table]
 
 
-def _decode_floors(spec: ModelSpec, bandwidth: float) -> list[Table | str]:
+def _decode_floors(spec: ModelSpec, bandwidth: float, kv_element: int) -> list[Table | str]:
     table = _table("context", *(f"batch {batch}" for batch in BATCHES))
     for context in _contexts(spec):
-        times = (cost.decode_bytes(spec, batch, context, _element(spec), _element(spec)) for batch in BATCHES)
+        times = (cost.decode_bytes(spec, batch, context, _element(spec), kv_element) for batch in BATCHES)
         table.add_row(f"{context}", *(f"{1e3 * moved / bandwidth:.2f}" for moved in times))
     return [f"Decode floor, ms a step at {bandwidth / 1e12:g} TB/s:", table]
 

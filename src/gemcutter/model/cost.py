@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gemcutter.spec import Kind, LayerSpec, ModelSpec
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1}
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -114,7 +114,8 @@ class Gemma4:
         """Attend over the pages, the new tokens' K/V included."""
         q = self._project(layer, w, x, batch, pool)
         pages = batch.kinds[layer.kind].pages
-        out = attend(q, pool.k(layer.index), pool.v(layer.index), batch, pages, layer.window)
+        k_cache, v_cache, kv_scales = pool.k(layer.index), pool.v(layer.index), pool.scales(layer.index)
+        out = attend(q, k_cache, v_cache, batch, pages, layer.window, kv_scales=kv_scales)
         return linear(out.flatten(1), w.o)
 
     def _project(
@@ -134,6 +135,7 @@ class Gemma4:
             pool.v(layer.index),
             batch.kinds[layer.kind].slots,
             mode_of(layer),
+            pool.scales(layer.index),
         )
 
     def _per_layer_inputs(self, batch: StepBatch, hidden: Tensor) -> Tensor:

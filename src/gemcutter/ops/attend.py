@@ -5,6 +5,7 @@ import torch
 from gemcutter.batch import StepBatch
 from gemcutter.ops.attend_decode import launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
+from gemcutter.ops.kv_fp8 import kv_from_fp8
 
 REFERENCE_QUERIES = 16  # scored together by the reference
 
@@ -17,6 +18,7 @@ def attend(
     pages: torch.Tensor,
     window: int | None,
     scale: float = 1.0,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every query token over its own sequence, this step's keys included.
 
@@ -25,14 +27,16 @@ def attend(
 
     Args:
         q: [T, num_heads, D], normed and roped.
-        k_cache, v_cache: [num_pages, num_kv_heads, page_size, D] of q's dtype; this step's K/V already
-            written.
+        k_cache, v_cache: [num_pages, num_kv_heads, page_size, D] of q's dtype, or float8_e4m3fn with kv_scales;
+            this step's K/V already written.
         batch: query_start, kv_len and the three bounds are read. Its first num_decodes sequences have one
             query token each, max_query_len bounds the others.
         pages: [S, max_pages] int32, of this layer's kind. What no query sees is never read as data: freed
             pages, the dump and the tail of the last page may hold NaN.
         window: tokens visible to a query, itself included; None sees all.
         scale: of the scores: 1 in Gemma 4, whose head norms stand in for it.
+        kv_scales: [2, num_kv_heads] float32, powers of two: what an element of the keys and of the values in an FP8
+            cache is to be multiplied with (`kv_fp8.py`).
 
     On Hopper a decode reads `batch`, `pages`, and keys and values older than the step (a sequence's below
     kv_len - T), before the kernels ahead of it are done. They must be settled, as `ops/chain.py` has it: written by
@@ -44,16 +48,17 @@ def attend(
         batch. A sequence with kv_len 0 (a padded row of a CUDA graph) gets zeros.
     """
     num_heads, num_kv_heads, page_size = q.shape[1], k_cache.shape[1], k_cache.shape[2]
-    assert q.dtype == k_cache.dtype == v_cache.dtype, f"q is {q.dtype}, the cache {k_cache.dtype}"
+    fits = q.dtype if kv_scales is None else torch.float8_e4m3fn
+    assert k_cache.dtype == v_cache.dtype == fits, f"the cache is {k_cache.dtype}, {fits} is needed"
     assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not divide over {num_kv_heads}"
     table = pages.shape[1] * page_size
     assert batch.max_kv_len <= table, f"{batch.max_kv_len} keys, but the page table ends at {table}"
     if not q.is_cuda:
-        return attend_reference(q, k_cache, v_cache, batch, pages, window, scale)
+        return attend_reference(q, k_cache, v_cache, batch, pages, window, scale, kv_scales)
     out = torch.empty_like(q)
-    launch_decode(q, k_cache, v_cache, batch.kv_len, pages, batch.num_decodes, window, scale, out)
+    launch_decode(q, k_cache, v_cache, kv_scales, batch.kv_len, pages, batch.num_decodes, window, scale, out)
     launch_prefill(
-        q, k_cache, v_cache, batch.query_start, batch.kv_len, pages,
+        q, k_cache, v_cache, kv_scales, batch.query_start, batch.kv_len, pages,
         batch.num_decodes, batch.max_query_len, window, scale, out,
     )  # fmt: skip
     return out
@@ -67,6 +72,7 @@ def attend_reference(
     pages: torch.Tensor,
     window: int | None,
     scale: float = 1.0,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """HF's `eager_attention_forward`, REFERENCE_QUERIES positions at a time; any device.
 
@@ -74,7 +80,7 @@ def attend_reference(
     multiples of REFERENCE_QUERIES in the sequence and are always whole: queries of other steps, and keys that no
     query sees, are zeros. Each product then has a shape and a place in it that follow from the query's position
     alone, and so have its bits, for a library's matrix product may sum in another order for another shape. Nothing
-    but keys that a query of the step sees is gathered.
+    but keys that a query of the step sees is gathered; of an FP8 cache what it stands for, which q's dtype holds.
     """
     out = torch.zeros_like(q)
     starts, lengths = batch.query_start.tolist(), batch.kv_len.tolist()
@@ -89,7 +95,12 @@ def attend_reference(
         queries = q.new_zeros(end - begin, *q.shape[1:])
         queries[first - begin : held - begin] = q[starts[i] : starts[i + 1]]
         oldest, seen = _oldest_visible(begin, window), _oldest_visible(first, window)
-        k, v = (_gather(cache, pages[i], oldest, seen, held, end) for cache in (k_cache, v_cache))
+        k, v = (
+            _gather(cache, of_cache, pages[i], oldest, seen, held, end, q.dtype)
+            for cache, of_cache in zip(
+                (k_cache, v_cache), (None, None) if kv_scales is None else kv_scales, strict=True
+            )
+        )
         mixed = []
         for block in range(begin, end, REFERENCE_QUERIES):
             rows = slice(block - begin, block - begin + REFERENCE_QUERIES)
@@ -103,13 +114,24 @@ def _oldest_visible(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
 
-def _gather(cache: torch.Tensor, pages: torch.Tensor, oldest: int, seen: int, held: int, end: int) -> torch.Tensor:
+def _gather(
+    cache: torch.Tensor,
+    kv_scale: torch.Tensor | None,
+    pages: torch.Tensor,
+    oldest: int,
+    seen: int,
+    held: int,
+    end: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Keys or values oldest : end of one sequence, [num_kv_heads, end - oldest, D]; zeros but for seen : held."""
     page_size = cache.shape[2]
     first = seen // page_size
     some = cache[pages[first : -(-held // page_size)].long()]  # [n, num_kv_heads, page_size, D]
     some = some.transpose(0, 1).flatten(1, 2)
-    out = cache.new_zeros(cache.shape[1], end - oldest, cache.shape[3])
+    if kv_scale is not None:
+        some = kv_from_fp8(some, kv_scale, dtype)
+    out = some.new_zeros(cache.shape[1], end - oldest, cache.shape[3])
     out[:, seen - oldest : held - oldest] = some[:, seen - first * page_size : held - first * page_size]
     return out
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from gemcutter.ops.attend_decode_hopper import launch_hopper, takes_cache
 from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.kv_fp8 import kv_bytes, kv_load
 from gemcutter.ops.online_softmax import FLOOR, LOG2E, fold
 
 SPLIT = 128  # keys; 26B at batch 1 with 8192 keys then keeps 2 kv heads x 64 splits on 132 SMs
@@ -32,7 +33,8 @@ def _key_range(kv_len_ptr, seq, WINDOW: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["max_pages", "slots"])
 def _partial_kernel(
-    q_ptr, k_ptr, v_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots, page_stride,
+    q_ptr, k_ptr, v_ptr, kv_scales_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots,
+    page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SCALE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -52,6 +54,9 @@ def _partial_kernel(
     k_ptr += kv_head * PAGE * D
     v_ptr += kv_head * PAGE * D
     pages_ptr += seq * max_pages
+    k_scale, v_scale = 1.0, 1.0
+    if kv_scales_ptr is not None:
+        k_scale, v_scale = tl.load(kv_scales_ptr + kv_head), tl.load(kv_scales_ptr + KV_HEADS + kv_head)
 
     for slot in range(tl.program_id(0), tl.minimum(num_splits, slots), workers):
         q = tl.load(q_ptr + head[:, None] * D + dims, mask=used[:, None], other=0.0)
@@ -69,12 +74,14 @@ def _partial_kernel(
             live = tl.minimum(tl.maximum(key, first_key), kv_len - 1)
             page = tl.load(pages_ptr + live // PAGE).to(tl.int64)
             rows = (page * page_stride + live % PAGE * D)[:, None]
-            k = tl.load(k_ptr + rows + dims)
+            k = kv_load(k_ptr + rows + dims, q.dtype)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if kv_scales_ptr is not None:
+                scores *= k_scale
             scores = tl.where((key == live)[None, :], scores, float("-inf"))
-            acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, SCALE, PRECISION)
+            acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, q.dtype, SCALE, PRECISION)
         at = head * slots + slot
-        tl.store(part_ptr + at[:, None] * D + dims, acc, mask=used[:, None])
+        tl.store(part_ptr + at[:, None] * D + dims, acc * v_scale, mask=used[:, None])
         tl.store(top_ptr + at, top, mask=used)
         tl.store(total_ptr + at, total, mask=used)
 
@@ -128,6 +135,7 @@ def launch_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    kv_scales: torch.Tensor | None,
     kv_len: torch.Tensor,
     pages: torch.Tensor,
     num_seqs: int,
@@ -164,7 +172,8 @@ def launch_decode(
         )
         return
     _partial_kernel[(workers, num_kv_heads, num_seqs)](
-        q, k_cache, v_cache, kv_len, pages, part, top, total, pages.shape[1], slots, k_cache.stride(0),
+        q, *kv_bytes(k_cache, v_cache), kv_scales, kv_len, pages, part, top, total, pages.shape[1], slots,
+        k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SCALE=scale, SPLIT=SPLIT, ROWS=ROWS, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **decode_tile(q.dtype, head_dim, num_seqs), **chained(q),

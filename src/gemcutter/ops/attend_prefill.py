@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.attend_prefill_hopper import prefill
+from gemcutter.ops.kv_fp8 import kv_bytes, kv_load
 from gemcutter.ops.load_pages import loads_pages
 from gemcutter.ops.online_softmax import FLOOR, fold
 
 
 @triton.jit
 def _attend_tiles(
-    acc, top, total, q, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
+    acc, top, total, q, k_scale, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
     D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +32,7 @@ def _attend_tiles(
         live = tl.minimum(tl.maximum(key, key_first), key_last)
         page = tl.load(pages_ptr + live // PAGE).to(tl.int64)
         rows = (page * page_stride + live % PAGE * D)[:, None]
-        k = tl.load(k_ptr + rows + dims)
+        k = kv_load(k_ptr + rows + dims, q.dtype)
         if BLOCK_M == 64:
             # The branch is always taken. Where it sees a chain of dots, Triton lays all warps along the rows, and
             # both warpgroups would compute the same 64 rows of scores; a dot in a branch shows no chain.
@@ -40,18 +41,21 @@ def _attend_tiles(
                 scores = tl.dot(q, tl.trans(k))
         else:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if k_ptr.dtype.element_ty == tl.uint8:
+            scores *= k_scale
         if MASKED:
             seen = key[None, :] <= pos[:, None]
             if WINDOW > 0:
                 seen = seen & (pos[:, None] - key[None, :] < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
-        acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, SCALE, PRECISION)
+        acc, top, total = fold(acc, top, total, scores, v_ptr + rows + dims, q.dtype, SCALE, PRECISION)
     return acc, top, total
 
 
 @triton.jit(do_not_specialize=["first_seq", "max_pages"])
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages, page_stride,
+    q_ptr, k_ptr, v_ptr, kv_scales_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages,
+    page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,6 +82,9 @@ def _prefill_kernel(
     k_ptr += kv_head * PAGE * D
     v_ptr += kv_head * PAGE * D
     pages_ptr += seq.to(tl.int64) * max_pages
+    k_scale, v_scale = 1.0, 1.0
+    if kv_scales_ptr is not None:
+        k_scale, v_scale = tl.load(kv_scales_ptr + kv_head), tl.load(kv_scales_ptr + KV_HEADS + kv_head)
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     top = tl.full([BLOCK_M], FLOOR, tl.float32)
@@ -90,18 +97,18 @@ def _prefill_kernel(
         first_key = tl.maximum(first_pos - WINDOW + 1, 0)
         clear_begin = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         acc, top, total = _attend_tiles(
-            acc, top, total, q, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
+            acc, top, total, q, k_scale, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
             k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     acc, top, total = _attend_tiles(
-        acc, top, total, q, pos, clear_begin, clear_end, first_key, last_pos,
+        acc, top, total, q, k_scale, pos, clear_begin, clear_end, first_key, last_pos,
         k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, False, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend_tiles(
-        acc, top, total, q, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
+        acc, top, total, q, k_scale, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
         k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, True, PRECISION,
     )  # fmt: skip
-    result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    result = (acc / total[:, None] * v_scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, result, mask=(row < query_len * GROUP)[:, None])
 
 
@@ -123,6 +130,7 @@ def launch_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    kv_scales: torch.Tensor | None,
     query_start: torch.Tensor,
     kv_len: torch.Tensor,
     pages: torch.Tensor,
@@ -146,7 +154,8 @@ def launch_prefill(
     tile = prefill_tile(q.dtype, head_dim)
     grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, num_seqs)
     _prefill_kernel[grid](
-        q, k_cache, v_cache, out, query_start, kv_len, pages, first_seq, pages.shape[1], k_cache.stride(0),
+        q, *kv_bytes(k_cache, v_cache), kv_scales, out, query_start, kv_len, pages, first_seq, pages.shape[1],
+        k_cache.stride(0),
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SCALE=scale, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,

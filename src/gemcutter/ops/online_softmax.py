@@ -6,16 +6,18 @@ Source: Milakov and Gimelshein 2018; the tiles are those of FlashAttention (Dao 
 import triton
 import triton.language as tl
 
+from gemcutter.ops.kv_fp8 import kv_load
+
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # the maximum of no scores: below each, and x - x is 0 where -inf would give NaN
 
 
 @triton.jit
-def fold(acc, top, total, scores, v_ptrs, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+def fold(acc, top, total, scores, v_ptrs, dtype: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """(acc [M, D], top [M], total [M]), all float32, after N more keys: scores [M, N], -inf where hidden.
 
     SCALE, of the scores, comes with the exponentials: top is one of scores as they are.
-    v_ptrs [N, D] is loaded here, behind the exponentials; every value must be finite.
+    v_ptrs [N, D] is loaded here, as dtype, behind the exponentials; every value must be finite.
     """
     new_top = tl.maximum(top, tl.max(scores, 1))
     # Subtracted first, exactly: s * LOG2E - m * LOG2E would fuse into an FMA in one copy of a loop and not in
@@ -23,6 +25,6 @@ def fold(acc, top, total, scores, v_ptrs, SCALE: tl.constexpr, PRECISION: tl.con
     weight = tl.exp2((scores - new_top[:, None]) * (LOG2E * SCALE))
     fade = tl.exp2((top - new_top) * (LOG2E * SCALE))
     total = total * fade + tl.sum(weight, 1)
-    v = tl.load(v_ptrs)
-    acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    v = kv_load(v_ptrs, dtype)
+    acc = tl.dot(weight.to(dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, new_top, total

@@ -15,6 +15,7 @@ from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.fused import heads_fuse
 from gemcutter.ops.head_norm import head_tile, heads_of, load_halves, load_weight, norm_halves, store_halves
+from gemcutter.ops.kv_fp8 import check_kv_cache, kv_bits, kv_bytes, kv_to_fp8
 from gemcutter.ops.library import define
 from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
 from gemcutter.ops.rope import rotate_reference
@@ -53,6 +54,7 @@ def qkv_rope_store(
     v_cache: torch.Tensor | None,
     slots: torch.Tensor | None,
     mode: QkvMode,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm and rotate q; norm, rotate and store k; norm and store v.
 
@@ -62,10 +64,13 @@ def qkv_rope_store(
         cos, sin: [context, angles] of qkv's dtype, dense, from `rope_table`.
         positions: [T] int64, dense, below context, which is not checked.
         eps: added to the mean squares.
-        k_cache, v_cache: [num_pages, num_kv_heads, page_size, D] of qkv's dtype, dense, written in place.
+        k_cache, v_cache: [num_pages, num_kv_heads, page_size, D] of qkv's dtype, or float8_e4m3fn with kv_scales;
+            dense, written in place.
         slots: [T] int64, dense: page id * page_size + offset, inside the cache, which is not checked. Of several
             rows with one slot, any may win.
-        mode: in Q_ONLY, k_norm, the caches and slots are left alone and may be None.
+        mode: in Q_ONLY, k_norm, the caches, slots and kv_scales are left alone and may be None.
+        kv_scales: [2, num_kv_heads] float32, powers of two, dense: what the keys and the values are divided by
+            before an FP8 cache takes them (`kv_fp8.py`).
 
     Returns:
         q: [T, num_heads, D] of qkv's dtype, contiguous.
@@ -74,14 +79,15 @@ def qkv_rope_store(
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
     if mode is QkvMode.Q_ONLY:
-        k_norm = k_cache = v_cache = slots = None
+        k_norm = k_cache = v_cache = slots = kv_scales = None
     return _qkv_rope_store(
-        qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode.value
-    )
+        qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode.value,
+        kv_scales,
+    )  # fmt: skip
 
 
 def check_qkv_rope_store(
-    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
+    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode, kv_scales
 ) -> None:
     mode, head_dim = QkvMode(mode), q_norm.shape[-1]
     if head_dim % 2:
@@ -102,13 +108,15 @@ def check_qkv_rope_store(
     _check_ids("positions", positions, qkv)
     stored = dict(k_norm=k_norm, k_cache=k_cache, v_cache=v_cache, slots=slots)
     wrong = [name for name, x in stored.items() if (x is None) != (parts == 0)]
+    if kv_scales is not None and parts == 0:
+        wrong.append("kv_scales")
     if wrong:
         needed = "nothing is stored, None is" if parts == 0 else "they are"
         raise ValueError(f"{', '.join(wrong)}: in mode {mode.value} {needed} needed")
     if parts:
         check_weight("k_norm", k_norm, head_dim, qkv)
-        _check_cache("k_cache", k_cache, num_kv_heads, head_dim, qkv)
-        _check_cache("v_cache", v_cache, num_kv_heads, head_dim, qkv)
+        check_kv_cache("k_cache", k_cache, num_kv_heads, head_dim, qkv, kv_scales)
+        check_kv_cache("v_cache", v_cache, num_kv_heads, head_dim, qkv, kv_scales)
         if k_cache.shape != v_cache.shape:
             got, want = tuple(v_cache.shape), tuple(k_cache.shape)
             raise ValueError(f"v_cache has shape {got}: {want}, k_cache's, is needed")
@@ -132,27 +140,21 @@ def _check_ids(name: str, x: torch.Tensor, qkv: torch.Tensor) -> None:
         raise ValueError(f"{name} has {got}: one dense number for each of {qkv.shape[0]} rows is needed")
 
 
-def _check_cache(name: str, x: torch.Tensor, num_kv_heads: int, head_dim: int, qkv: torch.Tensor) -> None:
-    if x.dtype != qkv.dtype or x.device != qkv.device:
-        raise TypeError(f"{name} is {x.dtype} on {x.device}: {qkv.dtype} on {qkv.device} is needed")
-    if x.ndim != 4 or x.shape[1] != num_kv_heads or x.shape[3] != head_dim or not x.is_contiguous():
-        got = f"shape {tuple(x.shape)}, strides {x.stride()}"
-        raise ValueError(f"{name} has {got}: dense [pages, {num_kv_heads}, page size, {head_dim}] is needed")
-
-
 def qkv_rope_store_reference(
-    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
+    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode, kv_scales
 ) -> torch.Tensor:
     """HF's `Gemma4TextAttention` up to its cache update."""
     return _unfused(
         rms_norm_reference,
         qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots,
+        kv_scales,
     )  # fmt: skip
 
 
 def _unfused(
     norm: Callable,
     qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots,
+    kv_scales,
 ) -> torch.Tensor:  # fmt: skip
     heads = qkv.unflatten(1, (-1, q_norm.shape[0]))
     q, kv = heads[:, :num_heads], heads[:, num_heads:]
@@ -161,8 +163,11 @@ def _unfused(
         k, v = kv[:, :num_kv_heads], kv[:, -num_kv_heads:]  # the same heads where K = V
         page_size = k_cache.shape[2]
         page, offset = slots // page_size, slots % page_size
-        k_cache[page, :, offset] = rotate_reference(norm(k, k_norm, eps), cos, sin)
-        v_cache[page, :, offset] = norm(v, None, eps)
+        parts = [rotate_reference(norm(k, k_norm, eps), cos, sin), norm(v, None, eps)]
+        if kv_scales is not None:
+            parts = [kv_to_fp8(part, scale) for part, scale in zip(parts, kv_scales, strict=True)]
+        for cache, part in zip(kv_bytes(k_cache, v_cache), kv_bytes(*parts), strict=True):
+            cache[page, :, offset] = part
     return rotate_reference(norm(q, q_norm, eps), cos, sin)
 
 
@@ -186,10 +191,21 @@ def _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype: tl.constexpr):
     return left, right
 
 
+@triton.jit
+def _store_kv(ptr, low, high, real, scales_ptr, number, dtype: tl.constexpr, D: tl.constexpr):
+    """Heads as dtype holds them, or quantised of that by the scale of that number."""
+    if ptr.dtype.element_ty == tl.uint8:
+        scale = tl.load(scales_ptr + number, mask=real, other=1.0)
+        low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
+        store_halves(ptr, kv_bits(low, scale), kv_bits(high, scale), real, D)
+    else:
+        store_halves(ptr, low, high, real, D)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _qkv_rope_store_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_cache_ptr, v_cache_ptr,
-    slots_ptr, num_tokens, row_stride, eps,
+    slots_ptr, scales_ptr, num_tokens, row_stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ANGLES: tl.constexpr,
     STORES: tl.constexpr, K_EQ_V: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -224,22 +240,23 @@ def _qkv_rope_store_kernel(
             cos, sin = _load_turns(cos_ptr, sin_ptr, position, ANGLES, D)
             low, high = norm_halves(low, high, eps, D)
             if K_EQ_V:
-                store_halves(v_cache_ptr + target, low, high, real, D)
+                _store_kv(v_cache_ptr + target, low, high, real, scales_ptr, KV_HEADS + head, dtype, D)
             low, high = _weigh_rotate(low, high, w_low, w_high, cos, sin, dtype)
-            store_halves(k_cache_ptr + target, low, high, real, D)
+            _store_kv(k_cache_ptr + target, low, high, real, scales_ptr, head, dtype, D)
         else:
             low, high = norm_halves(low, high, eps, D)
-            store_halves(v_cache_ptr + target, low, high, real, D)
+            _store_kv(v_cache_ptr + target, low, high, real, scales_ptr, KV_HEADS + head, dtype, D)
 
 
 def qkv_rope_store_launch(
-    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode
+    qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots, mode, kv_scales
 ) -> torch.Tensor:
     num_tokens, head_dim = qkv.shape[0], q_norm.shape[0]
     if not heads_fuse(head_dim):
         return _unfused(
             rms_norm_launch,
             qkv, q_norm, k_norm, cos, sin, positions, eps, num_heads, num_kv_heads, k_cache, v_cache, slots,
+            kv_scales,
         )  # fmt: skip
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
@@ -249,7 +266,8 @@ def qkv_rope_store_launch(
     tile = head_tile(num_tokens * (num_heads + parts * num_kv_heads), head_dim)
     q_blocks, kv_blocks = (triton.cdiv(num_tokens * heads, tile["ROWS"]) for heads in (num_heads, num_kv_heads))
     _qkv_rope_store_kernel[(q_blocks + parts * kv_blocks,)](
-        qkv, q_norm, k_norm, cos, sin, positions, q, k_cache, v_cache, slots, num_tokens, qkv.stride(0), eps,
+        qkv, q_norm, k_norm, cos, sin, positions, q, *kv_bytes(k_cache, v_cache), slots, kv_scales, num_tokens,
+        qkv.stride(0), eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, PAGE=1 if k_cache is None else k_cache.shape[2],
         D=head_dim, ANGLES=cos.shape[1], STORES=parts > 0, K_EQ_V=mode is QkvMode.Q_KEQV,
         **tile, **chained(qkv),
@@ -259,7 +277,7 @@ def qkv_rope_store_launch(
 
 _qkv_rope_store = define(  # no argument may be called `mode`: PyTorch's own dispatch of changed arguments has one
     "qkv_rope_store(Tensor qkv, Tensor q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor positions, float eps,"
-    " int num_heads, int num_kv_heads, Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? slots, str qkv_mode)"
-    " -> Tensor",
+    " int num_heads, int num_kv_heads, Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? slots, str qkv_mode,"
+    " Tensor? kv_scales) -> Tensor",
     check=check_qkv_rope_store, reference=qkv_rope_store_reference, launch=qkv_rope_store_launch,
 )  # fmt: skip

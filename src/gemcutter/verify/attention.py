@@ -49,7 +49,7 @@ def _entry(shape: str, layer: Attention) -> Case:
             draw.rows(_heads(layer) * dim), draw.weight(dim), draw.weight(dim) if stores else None,
             angle.cos().to(draw.dtype), angle.sin().to(draw.dtype), draw.token_ids(CONTEXT), EPS,
             layer.heads, layer.kv_heads, *(cache if stores else (None, None)), slots if stores else None,
-            layer.mode.value,
+            layer.mode.value, None,
         )  # fmt: skip
 
     written = layer.heads + (2 * layer.kv_heads if stores else 0)

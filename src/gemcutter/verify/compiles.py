@@ -36,6 +36,7 @@ from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_fp8 import linear_fp8_launch
 from gemcutter.ops.linear_fp8_hopper import stream_row
 from gemcutter.ops.linear_hopper import stream
+from gemcutter.ops.qkv_rope_store import qkv_rope_store_launch
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 from gemcutter.verify.case import Case
 from gemcutter.verify.cases import all_cases
@@ -103,9 +104,16 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         functools.partial(_gate_up_fp8, rows, count) for rows in (1, 16) for count in (0, 128)
     ]
     shapes = (16, 8, 256, 1024, torch.bfloat16), (16, 2, 512, None, torch.bfloat16), (4, 1, 64, None, torch.float32)
-    found["attend"] = [functools.partial(_attend, *shape) for shape in shapes]
+    found["qkv_rope_store"].append(_store_fp8)
+    found["attend"] = [
+        functools.partial(_attend, *shape, stored)
+        for shape in shapes
+        for stored in (shape[-1], torch.float8_e4m3fn)
+    ]
     found["attend_decode_hopper"] = [functools.partial(_attend_decode, *shape[:4]) for shape in shapes[:2]]
-    found["attend_prefill_hopper"] = [functools.partial(_attend, *shape, by_tma=True) for shape in shapes[:2]]
+    found["attend_prefill_hopper"] = [
+        functools.partial(_attend, *shape, shape[-1], by_tma=True) for shape in shapes[:2]
+    ]
     return found
 
 
@@ -191,19 +199,41 @@ def _stream(rows: int, depth: int = 2816, columns: int = 2112, fp8: bool = False
     stream(half(rows, depth), half(columns, depth), half(rows, columns), half(columns))
 
 
+def _store_fp8(heads: int = 16, kv_heads: int = 8, dim: int = 256) -> None:
+    """26B's sliding layers: the other forms do not differ in how they store."""
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    ids = torch.zeros(64, dtype=torch.int64)
+    cache, scales = _cache(kv_heads, dim, torch.float8_e4m3fn)
+    qkv_rope_store_launch(
+        half(64, (heads + 2 * kv_heads) * dim), half(dim), half(dim), half(99, dim // 2), half(99, dim // 2), ids,
+        1e-6, heads, kv_heads, cache, cache, ids, "qkv", scales,
+    )  # fmt: skip
+
+
+def _cache(kv_heads: int, head_dim: int, stored: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    scales = torch.empty(2, kv_heads) if stored == torch.float8_e4m3fn else None
+    return torch.empty(8, kv_heads, 16, head_dim, dtype=stored), scales
+
+
 def _attend(
-    heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype, by_tma: bool = False
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    by_tma: bool = False,
 ) -> None:
     """A decode of 40 keys, and a prefill of 32; or the prefill alone, by TMA."""
     q = torch.empty(33, heads, head_dim, dtype=dtype)
-    cache = torch.empty(8, kv_heads, 16, head_dim, dtype=dtype)
+    cache, kv_scales = _cache(kv_heads, head_dim, stored)
     pages = torch.zeros(2, 4, dtype=torch.int32)
     start, kv_len = torch.tensor([0, 1, 33], dtype=torch.int32), torch.tensor([40, 40], dtype=torch.int32)
     if by_tma:
         prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, 1.0, q)
         return
-    launch_decode(q, cache, cache, kv_len, pages, 1, window, 1.0, q)
-    launch_prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, 1.0, q)
+    launch_decode(q, cache, cache, kv_scales, kv_len, pages, 1, window, 1.0, q)
+    launch_prefill(q, cache, cache, kv_scales, start, kv_len, pages, 1, 32, window, 1.0, q)
 
 
 def _attend_decode(heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:

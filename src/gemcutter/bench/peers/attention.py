@@ -16,8 +16,23 @@ class _Entry:
     """The op's arguments as engines hold them."""
 
     def __init__(
-        self, qkv, q_norm, k_norm, cos, sin, positions, eps, heads, kv_heads, k_cache, v_cache, slots, mode
+        self,
+        qkv,
+        q_norm,
+        k_norm,
+        cos,
+        sin,
+        positions,
+        eps,
+        heads,
+        kv_heads,
+        k_cache,
+        v_cache,
+        slots,
+        mode,
+        kv_scales,
     ):
+        assert kv_scales is None, "no peer stores FP8 here"
         mode = getattr(mode, "value", mode)
         self.head_dim = len(q_norm)
         self.heads, self.kv_heads, self.stores = heads, kv_heads, mode != "q_only"
