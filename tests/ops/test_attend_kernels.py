@@ -93,7 +93,16 @@ def test_a_chunk_has_the_bits_of_the_whole_prompt(name, fp8):
             kv_len=torch.tensor([1200 + end], dtype=torch.int32, device="cuda"),
             max_query_len=end - begin,
         )
-        part = attend(case.q[begin:end].clone(), case.k_cache, case.v_cache, batch, case.pages, window, case.scales)
+        part = attend(
+            case.q[begin:end].clone(),
+            case.k_cache,
+            case.v_cache,
+            batch,
+            case.pages,
+            window,
+            case.scale,
+            case.kv_scales,
+        )
         assert torch.equal(part, whole[begin:end]), f"tokens {begin} to {end}"
 
 

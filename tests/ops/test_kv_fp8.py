@@ -94,7 +94,7 @@ def test_error_of_attention(power):
         torch.stack([kv_to_fp8(page.transpose(0, 1), scales[0]).transpose(0, 1) for page in cache])
         for cache in (case.k_cache, case.v_cache)
     )
-    got = attend(case.q, k_cache.contiguous(), v_cache.contiguous(), case.batch, case.pages, None, scales)
+    got = attend(case.q, k_cache.contiguous(), v_cache.contiguous(), case.batch, case.pages, None, 1.0, scales)
     whole = (got.double() - wanted).norm() / wanted.norm()
     print(f"scale 2^{power}: worst row {error(got, wanted):.3f}, all {whole:.3f}; bfloat16 {plain:.3f}")
     assert plain < 0.02 < whole < 0.08
