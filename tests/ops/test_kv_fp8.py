@@ -16,10 +16,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def e4m3_number(code: int) -> float:
-    """By the format: 1 sign, 4 exponent bits with bias 7, 3 of mantissa; no infinities."""
+    """By the format: 1 sign, 4 exponent bits with bias 7, 3 of mantissa; no infinities, and no NaN here."""
     sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, code >> 3 & 15, code & 7
-    if code & 0x7F == 0x7F:
-        return float("nan")
     return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
 
 
@@ -48,9 +46,9 @@ def test_read_is_exact(dtype, power):
     scale = torch.tensor([2.0**power, 1.0])
     got = kv_from_fp8(CODES.view(torch.float8_e4m3fn).expand(2, 1, 256), scale, dtype)
     assert got.dtype == dtype
-    assert torch.equal(got[0, 0].double().nan_to_num(7.0), (NUMBERS * 2.0**power).nan_to_num(7.0))
+    assert torch.equal(got[0, 0].double(), NUMBERS * 2.0**power)
     again = kv_to_fp8(got.transpose(0, 1), scale).view(torch.uint8)[0, 0]
-    assert torch.equal(again[~NUMBERS.isnan()], CODES[~NUMBERS.isnan()]), "a stored number is kept"
+    assert torch.equal(again, torch.where(CODES & 0x7F == 0x7F, CODES - 1, CODES)), "a stored number is kept"
 
 
 @pytest.mark.parametrize("kind", [Kind.NORMAL, Kind.HEAVY, Kind.HUGE, Kind.CONSTANT, Kind.TIES, Kind.SMALL])

@@ -166,9 +166,21 @@ def launch_decode(
     top = torch.empty(num_seqs, num_heads, slots, dtype=torch.float32, device=q.device)
     total = torch.empty_like(top)
     workers = max(1, min(slots, triton.cdiv(PROGRAMS, num_seqs * num_kv_heads)))
-    if takes_cache(k_cache, v_cache):
+    if takes_cache(q, k_cache, v_cache):
         launch_hopper(
-            q, k_cache, v_cache, kv_len, pages, window, scale, out, (part, top, total), workers, SPLIT, ROWS
+            q,
+            k_cache,
+            v_cache,
+            kv_scales,
+            kv_len,
+            pages,
+            window,
+            scale,
+            out,
+            (part, top, total),
+            workers,
+            SPLIT,
+            ROWS,
         )
         return
     _partial_kernel[(workers, num_kv_heads, num_seqs)](

@@ -12,8 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gemcutter.ops.kv_fp8_hopper import apart, halves, keys_of
 from gemcutter.ops.linear_hopper import load_tile
-from gemcutter.ops.load_pages import boxes, pages_by_tma
+from gemcutter.ops.load_pages import as_words, boxes, pages_by_tma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLOOR = gl.constexpr(-1e30)  # as in online_softmax.py
@@ -55,22 +56,26 @@ def _begin_of(slot, tile, slots, first_split, SPLIT: gl.constexpr, BLOCK_N: gl.c
 
 @gluon.jit(do_not_specialize=["max_pages", "slots", "tokens"])
 def _partial_hopper_kernel(
-    q_ptr, k_desc, v_desc, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots, tokens,
+    q_ptr, k_desc, v_desc, kv_scales_ptr, kv_len_ptr, pages_ptr, part_ptr, top_ptr, total_ptr, max_pages, slots,
+    tokens,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
     SCALE: gl.constexpr, SPLIT: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Program (worker, kv head, sequence): partials worker, worker + workers, ... of the kv head's group."""
     gdc_launch_dependents()
-    dtype: gl.constexpr = k_desc.dtype
+    FP8: gl.constexpr = kv_scales_ptr is not None
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    WIDTH: gl.constexpr = D // 2 if FP8 else D  # of a key, in elements of 16 bits
     WARPS: gl.constexpr = gl.num_warps()
     BOX: gl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
-    BYTES: gl.constexpr = BLOCK_N * D * 2
+    BYTES: gl.constexpr = BLOCK_N * WIDTH * 2
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
 
-    ACROSS: gl.constexpr = D // 8 if D < 256 else 32
-    by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    ALONG: gl.constexpr = 16 if FP8 else 8
+    ACROSS: gl.constexpr = D // ALONG if D < 32 * ALONG else 32
+    by_row: gl.constexpr = gl.BlockedLayout([1, ALONG], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, by_row))[:, None]
     dims = gl.arange(0, D, gl.SliceLayout(0, by_row))[None, :]
 
@@ -79,11 +84,13 @@ def _partial_hopper_kernel(
     kv_len = gl.load(kv_len_ptr + seq)
     first_key, first_split, num_splits, num_slots = _num_slots(kv_len, slots, WINDOW, SPLIT)
     pages_ptr += seq * max_pages
+    if FP8:
+        k_scale, v_scale = gl.load(kv_scales_ptr + kv_head), gl.load(kv_scales_ptr + KV_HEADS + kv_head)
     head = (seq * KV_HEADS + kv_head) * GROUP  # of all sequences' heads
 
     if gl.program_id(0) < num_slots:
-        k_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], k_desc.layout)
-        v_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], v_desc.layout)
+        k_stages = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, WIDTH], k_desc.layout)
+        v_stages = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, WIDTH], v_desc.layout)
         q_shared = gl.allocate_shared_memory(dtype, [ROWS, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
         k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -132,9 +139,10 @@ def _partial_hopper_kernel(
                         load_tile(k_desc, [rows[i][j], 0], k_ready.index(stage), k_box, pred=is_new)
                         load_tile(v_desc, [rows[i][j], 0], v_ready.index(stage), v_box, pred=is_new)
             old = kv_len  # all that is read from here on is there
-            q_shared.store(q)
+            q_shared.store(apart(q) if FP8 else q)
 
-            acc = gl.zeros([ROWS, D], gl.float32, mma)
+            acc = gl.zeros([ROWS, WIDTH], gl.float32, mma)
+            odd = acc
             top = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, mma))
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, mma))
             for tile in range(0, tiles):
@@ -147,7 +155,11 @@ def _partial_hopper_kernel(
 
                 mbarrier.wait(k_ready.index(stage), phase)
                 k = k_stages.index(stage).permute((1, 0)).load(right)
+                if FP8:
+                    k = keys_of(k, right)
                 scores = mma_v2(q_shared.load(left), k, gl.zeros([ROWS, BLOCK_N], gl.float32, mma))
+                if FP8:
+                    scores *= k_scale
                 if more:
                     mbarrier.expect(k_ready.index(stage), BYTES)
                     for j in gl.static_range(BLOCK_N // BOX):
@@ -164,7 +176,10 @@ def _partial_hopper_kernel(
                 weight = gl.convert_layout(weight.to(dtype), left)
                 mbarrier.wait(v_ready.index(stage), phase)
                 v = v_stages.index(stage).load(right)
-                if (begin < first_key) | (begin + BLOCK_N > kv_len):
+                if FP8:
+                    v, v_odd = halves(v)
+                    odd = mma_v2(weight, v_odd, odd * fade[:, None])
+                elif (begin < first_key) | (begin + BLOCK_N > kv_len):
                     # Freed pages and the tail of the last one may hold NaN; hidden scores are replaced above.
                     of_v = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, right))
                     v = gl.where(((of_v >= first_key) & (of_v < kv_len))[:, None], v, 0.0)
@@ -177,8 +192,12 @@ def _partial_hopper_kernel(
                 done += 1
             member = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
             place = (head + member) * slots + slot
-            dim = gl.arange(0, D, gl.SliceLayout(0, mma))
-            gl.store(part_ptr + place[:, None] * D + dim[None, :], acc, mask=(member < GROUP)[:, None])
+            dim = gl.arange(0, WIDTH, gl.SliceLayout(0, mma)) * (D // WIDTH)
+            at = part_ptr + place[:, None] * D + dim[None, :]
+            if FP8:
+                gl.store(at + 1, odd * v_scale, mask=(member < GROUP)[:, None])
+                acc *= v_scale
+            gl.store(at, acc, mask=(member < GROUP)[:, None])
             gl.store(top_ptr + place, top, mask=member < GROUP)
             gl.store(total_ptr + place, total, mask=member < GROUP)
     else:
@@ -218,15 +237,29 @@ def _merge_hopper_kernel(
     gl.store(out_ptr + head * D + dims, mean.to(out_ptr.dtype.element_ty))
 
 
-def takes_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether these kernels do: 64 columns of 16 bits fill the swizzle of shared memory."""
-    return k_cache.shape[3] >= 64 and pages_by_tma(k_cache, v_cache)
+def takes_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether these kernels do: 64 columns of 16 bits fill the swizzle of shared memory; FP8 becomes bfloat16."""
+    k_cache, v_cache = as_words(k_cache), as_words(v_cache)
+    fits = k_cache.dtype == q.dtype or (k_cache.dtype, q.dtype) == (torch.int16, torch.bfloat16)
+    return fits and k_cache.shape[3] >= 64 and pages_by_tma(k_cache, v_cache)
+
+
+def hopper_tile(head_dim: int, few: bool, fp8: bool) -> tuple[int, int, dict[str, int]]:
+    """Keys of a tile, stages, and the most registers of a thread.
+
+    64 KiB of keys and values a stage, 32 in FP8. Few programs, with an SM each, hold a split of 256 dims whole; else
+    three share one, and each covers the others' waits: four sequences of 1024 keys take 13 µs so, and 18 with two
+    stages.
+    """
+    block_n, stages = (64, 2) if head_dim <= 256 else (32, 3)
+    return (block_n, stages, {}) if few else (block_n, 1, {"maxnreg": 168})
 
 
 def launch_hopper(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    kv_scales: torch.Tensor | None,
     kv_len: torch.Tensor,
     pages: torch.Tensor,
     window: int | None,
@@ -240,18 +273,18 @@ def launch_hopper(
     """Both kernels, on `launch_decode`'s workspace: partials' sums, tops and totals by sequence, head, slot."""
     num_kv_heads, page_size, head_dim = k_cache.shape[1:]
     num_seqs, num_heads, slots = partials[1].shape
-    # 64 KiB of keys and values a stage. Programs with an SM each hold a split of 256 dims whole; else three share
-    # one, and each covers the others' waits: four sequences of 1024 keys take 13 µs so, and 18 with two stages.
-    block_n, stages = (64, 2) if head_dim <= 256 else (32, 3)
-    stages = stages if workers * num_kv_heads * num_seqs <= SMS else 1
-    caches = (boxes(cache, block_n, head_dim) for cache in (k_cache, v_cache))
+    block_n, stages, registers = hopper_tile(
+        head_dim, workers * num_kv_heads * num_seqs <= SMS, kv_scales is not None
+    )
+    words = as_words(k_cache), as_words(v_cache)
+    caches = (boxes(cache, block_n, cache.shape[3]) for cache in words)
     shape = dict(D=head_dim, WINDOW=window or 0, SCALE=scale, SPLIT=split)
     options = dict(launch_pdl=True, enable_fp_fusion=False)
     _partial_hopper_kernel[(workers, num_kv_heads, num_seqs)](
-        q, *caches, kv_len, pages, *partials, pages.shape[1], slots, len(q),
+        q, *caches, kv_scales, kv_len, pages, *partials, pages.shape[1], slots, len(q),
         KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, PAGE=page_size,
         ROWS=rows, BLOCK_N=block_n, STAGES=stages, **shape,
-        num_warps=4, **options, **({"maxnreg": 168} if stages == 1 else {}),
+        num_warps=4, **options, **registers,
     )  # fmt: skip
     _merge_hopper_kernel[(num_seqs, num_heads, head_dim // MERGED_DIMS)](
         kv_len, *partials, out, slots, HEADS=num_heads, DIMS=MERGED_DIMS, **shape, num_warps=1, **options

@@ -9,7 +9,10 @@ all that a scale decides is that nothing overflows and little lies below the nor
 
 Nothing overflows, as a head is normed before it is stored: |v| <= sqrt(D), and |k| <= sqrt(D) * max|w|, which rope
 keeps. With the smallest power of two that takes such a bound to 448 or less, a usual element (sqrt(D) below it)
-is 2^9 times e4m3's smallest normal number or more. A NaN stays one (0x7F).
+is 2^9 times e4m3's smallest normal number or more.
+
+A NaN is stored as e4m3's, 0x7F, but read as the 480 that these bits would be without it: whatever memory held
+before, attention finds finite numbers, and what no query sees may be multiplied with 0.
 """
 
 import math
@@ -73,7 +76,9 @@ def kv_to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def kv_from_fp8(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What x [heads, n, D] stands for, exactly."""
-    return (x.float() * scale[:, None, None]).to(dtype)
+    wide = x.float()
+    wide = torch.where(wide.isnan(), torch.full_like(wide, 480.0).copysign(wide), wide)
+    return (wide * scale[:, None, None]).to(dtype)
 
 
 @triton.jit
@@ -96,6 +101,6 @@ def kv_load(ptrs, dtype: tl.constexpr):
     x = tl.load(ptrs)
     if x.dtype == tl.uint8:
         bits = x.to(tl.int32)
-        value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-        x = tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(dtype)
+        value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True)
+        x = (value * 1.329227995784916e36).to(dtype)
     return x

@@ -74,6 +74,11 @@ def load_pages(
                 mbarrier.arrive(ready.index(stage), count=1)
 
 
+def as_words(cache: torch.Tensor) -> torch.Tensor:
+    """An FP8 cache as words of two elements: TMA and shared memory then treat it as they do one of 16 bits."""
+    return cache.view(torch.int16) if cache.dtype == torch.float8_e4m3fn else cache
+
+
 def boxes(cache: torch.Tensor, keys: int, columns: int) -> TensorDescriptor:
     """The cache as rows of keys, to be loaded in boxes of so many, or of one page where pages are shorter."""
     return descriptor(cache.flatten(0, 2), [min(cache.shape[2], keys), columns])

@@ -110,7 +110,11 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         for shape in shapes
         for stored in (shape[-1], torch.float8_e4m3fn)
     ]
-    found["attend_decode_hopper"] = [functools.partial(_attend_decode, *shape[:4]) for shape in shapes[:2]]
+    found["attend_decode_hopper"] = [
+        functools.partial(_attend_decode, *shape[:4], stored)
+        for shape in shapes[:2]
+        for stored in (torch.bfloat16, torch.float8_e4m3fn)
+    ]
     found["attend_prefill_hopper"] = [
         functools.partial(_attend, *shape, shape[-1], by_tma=True) for shape in shapes[:2]
     ]
@@ -236,15 +240,14 @@ def _attend(
     launch_prefill(q, cache, cache, kv_scales, start, kv_len, pages, 1, 32, window, 1.0, q)
 
 
-def _attend_decode(heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
+def _attend_decode(heads: int, kv_heads: int, head_dim: int, window: int | None, stored: torch.dtype) -> None:
     """Few sequences and many."""
+    cache, kv_scales = _cache(kv_heads, head_dim, stored)
     for seqs in (1, 64):
-        q, cache = (
-            torch.empty(*shape, head_dim, dtype=torch.bfloat16) for shape in ((seqs, heads), (8, kv_heads, 16))
-        )
+        q = torch.empty(seqs, heads, head_dim, dtype=torch.bfloat16)
         pages, kv_len = torch.zeros(seqs, 4, dtype=torch.int32), torch.full((seqs,), 40, dtype=torch.int32)
         part, top = torch.empty(seqs, heads, 9, head_dim), torch.empty(seqs, heads, 9)
-        launch_hopper(q, cache, cache, kv_len, pages, window, 1.0, q, (part, top, top), 3, SPLIT, ROWS)
+        launch_hopper(q, cache, cache, kv_scales, kv_len, pages, window, 1.0, q, (part, top, top), 3, SPLIT, ROWS)
 
 
 def compile_op(op: str, target: str) -> dict[str, list[CompiledKernel]]:
