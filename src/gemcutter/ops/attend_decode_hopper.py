@@ -247,9 +247,9 @@ def takes_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -
 def hopper_tile(head_dim: int, few: bool, fp8: bool) -> tuple[int, int, dict[str, int]]:
     """Keys of a tile, stages, and the most registers of a thread.
 
-    64 KiB of keys and values a stage, 32 in FP8. Few programs, with an SM each, hold a split of 256 dims whole; else
-    three share one, and each covers the others' waits: four sequences of 1024 keys take 13 µs so, and 18 with two
-    stages.
+    64 KiB of keys and values a stage, 32 in FP8. Few programs, with an SM each, hold a split of 256 dims whole;
+    else three share one, and each covers the others' waits: four sequences of 1024 keys take 13 µs so, and 18 with
+    two stages.
     """
     block_n, stages = (64, 2) if head_dim <= 256 else (32, 3)
     return (block_n, stages, {}) if few else (block_n, 1, {"maxnreg": 168})
