@@ -227,7 +227,7 @@ def test_gpu_rows_do_not_know_each_other(shape):
         for given in (Quantized(pair.q[part], pair.scale[part]), x[part]):
             wrong = (linear(given, weight) != crowd[part]).sum().item()
             assert not wrong, f"{wrong} elements of {rows} rows of {type(given).__name__} depend on their company"
-    if hopper() and shape[1] <= 8192 and shape[1] % 16 == 0:
+    if hopper() and 1024 <= shape[1] <= 8192:
         assert streams_row(x[:1], weight.q) and streams_row(pair.q[:1], weight.q)
     for i in range(0, 2048, 97):
         assert torch.equal(linear(x[i : i + 1], weight), crowd[i : i + 1])

@@ -104,10 +104,10 @@ def linear_fp8_launch(x, scale, weight, weight_scale, bias) -> torch.Tensor:
         x, scale = quantize_fp8_launch(x)
     if streams_row(x, weight):
         stream_row(x, scale, weight, weight_scale, bias, out)
-    elif 0 < len(x) <= MOST_STREAMED and loads_by_tma(x, weight):
-        stream(x, weight, out, bias, scale, weight_scale)
-    elif len(x) > MOST_STREAMED and whole_tiles(weight) and bias is None:
+    elif len(x) > MOST_STREAMED and bias is None and whole_tiles(weight):
         return _scaled_mm(x, scale, weight, weight_scale, out.dtype)
+    elif len(x) and loads_by_tma(x, weight):
+        stream(x, weight, out, bias, scale, weight_scale)
     elif len(x):
         _launch_plain(x, scale, weight, weight_scale, bias, out)
     return out
