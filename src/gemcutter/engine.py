@@ -15,8 +15,8 @@ from gemcutter.checkpoint.config import read_generation_config, read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.checkpoint.load import load, quantize_on_load
 from gemcutter.config import EngineConfig
-from gemcutter.model.gemma4 import Gemma4
 from gemcutter.model.kv_scales import scales_of
+from gemcutter.model.models import MODELS
 from gemcutter.run.build import StepBuilder
 from gemcutter.run.device import kv_byte_budget, resolve_device
 from gemcutter.run.graphs import StepGraphs
@@ -26,7 +26,7 @@ from gemcutter.schedule.pace import Pace
 from gemcutter.schedule.plan import Plan
 from gemcutter.schedule.planner import Scheduler
 from gemcutter.schedule.request import Request, Stats, Update
-from gemcutter.spec import ModelSpec
+from gemcutter.spec import Family, ModelSpec
 
 MAX_RUNNING = {"cuda": 128, "cpu": 16}  # requests in a step, where the user does not say
 LONGEST_WAIT = 0.001  # seconds, until `patience` sees that a step took less than others of its kind
@@ -85,7 +85,7 @@ class Engine:
             chunked_prefill_size=config.chunked_prefill_size,
             max_prefill_tokens=config.max_prefill_tokens,
         )
-        model = Gemma4(spec, weights, size.context_length)
+        model = MODELS[spec.family](spec, weights, size.context_length)
         builder = StepBuilder(
             ledger,
             device,
@@ -207,6 +207,11 @@ class Engine:
 
 def _resolved(config: EngineConfig, spec: ModelSpec, device: torch.device) -> EngineConfig:
     """Without "auto", and with numbers where the user left the choice; the cache decides the context later."""
+    if config.kv_cache_dtype == "fp8_e4m3" and spec.family is not Family.GEMMA4:
+        raise ValueError(
+            f"kv_cache_dtype fp8_e4m3 takes its scales from the norms of K and V, which {spec.family} has not; "
+            "leave it at auto"
+        )
     running = config.max_running_requests or MAX_RUNNING[device.type]
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype

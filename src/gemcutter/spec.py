@@ -1,12 +1,19 @@
 """What a model is, as data: widths, layers and their attention, in the checkpoint's own order.
 
-Everything that differs between E2B, E4B, 12B, 26B-A4B and 31B is a field here, so that the model, the cache
-and the loader hold one code path each. No torch.
+Everything that differs between the models of a family is a field here, so that its model file, the cache and the
+loader hold one code path each. No torch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+
+
+class Family(StrEnum):
+    """Whose mathematics a model has: the name of its file in model/."""
+
+    GEMMA4 = "gemma4"
+    GLM4_MOE = "glm4_moe"
 
 
 class Kind(StrEnum):
@@ -20,8 +27,9 @@ class Kind(StrEnum):
 class RopeSpec:
     """Rotary embedding of one layer.
 
-    Dim i pairs with dim i + head_dim/2. The first `angles` pairs turn by position * theta^(-2i/head_dim), the
-    rest stay. Proportional RoPE (full layers) keeps head_dim as the denominator and rotates fewer pairs.
+    Gemma: dim i pairs with dim i + head_dim/2. The first `angles` pairs turn by position * theta^(-2i/head_dim),
+    the rest stay. Proportional RoPE (full layers) keeps head_dim as the denominator and rotates fewer pairs.
+    GLM: the first 2 * angles dims turn as if they were a head, dim i with dim i + angles, the rest stay.
     """
 
     theta: float
@@ -30,11 +38,13 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """The mixture of experts that stands beside a layer's dense MLP."""
+    """The mixture of experts that stands beside a layer's dense MLP, which GLM calls its shared expert."""
 
     num_experts: int
     top_k: int
     width: int
+    renormalise: bool = True  # the chosen ones' weights are divided by their sum
+    scale: float = 1.0  # of the weights
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class LayerSpec:
     k_eq_v: bool  # V is the weightless norm of K's projection; there is no v_proj
     mlp_width: int
     experts: ExpertSpec | None
+    qkv_bias: bool = False
+    qk_norm: bool = True
 
     @property
     def owns_kv(self) -> bool:
@@ -75,7 +87,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Gemma 4 text model."""
+    """A text model. What a family does not have is None or 0."""
 
     hidden: int
     vocab: int
@@ -90,6 +102,7 @@ class ModelSpec:
     quantized: frozenset[str] = (
         frozenset()
     )  # weights held in FP8: "layers.3.qkv", and so on (checkpoint/linears.py)
+    family: Family = Family.GEMMA4
 
     @property
     def window(self) -> int | None:

@@ -1,22 +1,20 @@
 """config.json and generation_config.json of a checkpoint, read raw.
 
-Missing fields take the defaults of HF's Gemma4TextConfig. What the model cannot do is refused by name, since a
-guess would give wrong text without an error.
+Missing fields take the defaults of HF's Gemma4TextConfig; `glm4_moe_config.py` reads GLM's. What a model cannot
+do is refused by name, since a guess would give wrong text without an error.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from gemcutter.checkpoint.fields import Fields
+from gemcutter.checkpoint.fields import HEAD_DIMS, MAX_EXPERTS, MAX_LAYERS, Fields
 from gemcutter.checkpoint.files import CheckpointError, read_json
+from gemcutter.checkpoint.glm4_moe_config import GLM4_MOE, glm4_moe_spec
 from gemcutter.checkpoint.linears import TEXT_ONLY, held_in_fp8, linears, schemes_of
 from gemcutter.checkpoint.quantization import Quantization, parse_quantization
 from gemcutter.spec import ExpertSpec, Kind, LayerSpec, ModelSpec, RopeSpec
 
-MAX_LAYERS = 1024
-MAX_EXPERTS = 4096  # of a layer; each has a name of its own in a quantised checkpoint
 KINDS = {"sliding_attention": Kind.SLIDING, "full_attention": Kind.FULL}
-HEAD_DIMS = (32, 64, 128, 256, 512)  # the kernels' tiles
 DTYPES = ("bfloat16", "float16", "float32")
 # 12B is "unified": no towers, no per-layer embeddings, no experts, and other defaults in HF
 TEXT_TYPES = {"gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text"}
@@ -34,14 +32,16 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     top = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
     model_type = top.get("model_type")
-    known = [*TEXT_TYPES, *TEXT_TYPES.values()]
+    if model_type == GLM4_MOE:
+        return _held(glm4_moe_spec(top, _tied_head(top, top, default=False), _dtype(top, top)), folder)
+    known = [*TEXT_TYPES, *TEXT_TYPES.values(), GLM4_MOE]
     if model_type not in known:
         top.fail("model_type", f"must be one of {', '.join(known)}")
     text = top.object("text_config") if model_type in TEXT_TYPES else top
     text_type = TEXT_TYPES.get(model_type, model_type)
     if text.get("model_type", text_type) != text_type:
         text.fail("model_type", f"must be {text_type} inside {model_type}")
-    _refuse(folder, text)
+    _refuse(text)
     unified = text_type == "gemma4_unified_text"
     kinds = _kinds(text)
     ple_width = 0 if unified else text.size("hidden_size_per_layer_input", 256, low=0)
@@ -61,6 +61,12 @@ def read_spec(folder: Path) -> ModelSpec:
         tied_head=_tied_head(top, text),
         dtype=_dtype(top, text),
     )
+    return _held(spec, folder)
+
+
+def _held(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """With the weights that are held in FP8."""
+    _refuse_modelopt(folder)
     quantization = read_quantization(folder)
     if quantization is None:
         return spec
@@ -75,12 +81,15 @@ def read_quantization(folder: Path) -> Quantization | None:
     return parse_quantization(top, *text)
 
 
-def _refuse(folder: Path, text: Fields) -> None:
+def _refuse_modelopt(folder: Path) -> None:
     if (folder / "hf_quant_config.json").exists():
         raise CheckpointError(
             f"{folder / 'hf_quant_config.json'}: ModelOpt quantization is not supported yet; "
             "use the checkpoint in bfloat16"
         )
+
+
+def _refuse(text: Fields) -> None:
     if text.flag("attention_bias", False):
         text.fail("attention_bias", "must be false: attention with biases is not supported")
     if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
@@ -212,9 +221,9 @@ def _experts(text: Fields) -> ExpertSpec | None:
     return ExpertSpec(experts, text.size("top_k_experts", high=experts), text.size("moe_intermediate_size"))
 
 
-def _tied_head(top: Fields, text: Fields) -> bool:
+def _tied_head(top: Fields, text: Fields, default: bool = True) -> bool:
     """HF asks the outermost config. Where the text config says otherwise, engines differ, so neither is right."""
-    tied = top.flag("tie_word_embeddings", True)
+    tied = top.flag("tie_word_embeddings", default)
     if "tie_word_embeddings" in text.data and text.flag("tie_word_embeddings", True) != tied:
         text.fail("tie_word_embeddings", f"contradicts the outer config, where it is {str(tied).lower()}")
     return tied
@@ -236,7 +245,8 @@ def read_generation_config(folder: Path) -> dict:
     """Stops and sampling defaults of a checkpoint; only fields that it sets, except eos_token_id.
 
     Returns:
-        eos_token_id: list[int], from generation_config.json, else config.json, else its text_config, else HF's [1].
+        eos_token_id: list[int], from generation_config.json, else config.json, else its text_config, else HF's:
+            [1] for Gemma, none for GLM.
         suppress_tokens: list[int] never sampled.
         do_sample: bool. temperature, top_p, min_p, repetition_penalty: float. top_k: int.
 
@@ -248,7 +258,7 @@ def read_generation_config(folder: Path) -> dict:
     top = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
     text = top.object("text_config") if top.get("text_config") is not None else top
     stops = [ids for ids in (level.token_ids("eos_token_id") for level in (fields, top, text)) if ids is not None]
-    values: dict = {"eos_token_id": stops[0] if stops else [1] * ("eos_token_id" not in text.data)}
+    values: dict = {"eos_token_id": stops[0] if stops else _default_stops(text)}
     readers = {
         "suppress_tokens": fields.token_ids,
         "do_sample": lambda name: fields.flag(name, True),
@@ -259,3 +269,7 @@ def read_generation_config(folder: Path) -> dict:
         "repetition_penalty": lambda name: fields.number(name, high=100.0),
     }
     return values | {name: read(name) for name, read in readers.items() if fields.get(name) is not None}
+
+
+def _default_stops(text: Fields) -> list[int]:
+    return [1] if "eos_token_id" not in text.data and text.get("model_type") != GLM4_MOE else []

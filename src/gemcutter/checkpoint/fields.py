@@ -7,6 +7,9 @@ from gemcutter.checkpoint.files import CheckpointError
 
 MAX_SIZE = 2**31 - 1  # of any width or count; more overflows the kernels' int32 indices
 MAX_NUMBER = 1e300
+MAX_LAYERS = 1024
+MAX_EXPERTS = 4096  # of a layer; each has a name of its own in a quantised checkpoint
+HEAD_DIMS = (32, 64, 128, 256, 512)  # the kernels' tiles
 REQUIRED = object()
 
 

@@ -4,25 +4,26 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from gemcutter.checkpoint.quantization import Quantization, Scheme
-from gemcutter.spec import LayerSpec, ModelSpec
+from gemcutter.spec import Family, LayerSpec, ModelSpec
 
 NESTED = "model.language_model."  # prefix of the text model in a Gemma4ForConditionalGeneration
 TEXT_ONLY = "model."  # and in a Gemma4ForCausalLM
 HEAD = "lm_head.weight"  # the one name outside the text model's prefix
-EXPERTS = ("experts.", "moe.experts.")  # where a layer's experts lie; the latter in some exports
+# Where a layer's experts lie; Gemma's under `moe` in some exports.
+EXPERTS = {Family.GEMMA4: ("experts.", "moe.experts."), Family.GLM4_MOE: ("mlp.experts.",)}
 
 
 class ExpertNames(NamedTuple):
     """How a checkpoint's files name the experts of a layer."""
 
-    within: str  # one of EXPERTS
+    within: str  # one of the family's EXPERTS
     each: (
         bool  # every expert's three linears; else all together, in two tensors of three dims, which are no linears
     )
 
 
-TOGETHER = ExpertNames(EXPERTS[0], each=False)
-EACH = ExpertNames(EXPERTS[0], each=True)
+def usual(family: Family, each: bool) -> ExpertNames:
+    return ExpertNames(EXPERTS[family][0], each)
 
 
 def linears(spec: ModelSpec, prefix: str, experts: dict[int, ExpertNames] | None = None) -> dict[str, str | None]:
@@ -32,12 +33,13 @@ def linears(spec: ModelSpec, prefix: str, experts: dict[int, ExpertNames] | None
     logits read as it came.
 
     Args:
-        experts: by layer, how its experts are named; EACH where it is left out.
+        experts: by layer, how its experts are named; apart where it is left out.
     """
     table: dict[str, str | None] = {}
     for layer in spec.layers:
         name = f"layers.{layer.index}."
-        of_layer = _of_layer(spec, layer, (experts or {}).get(layer.index, EACH))
+        named = (experts or {}).get(layer.index, usual(spec.family, each=True))
+        of_layer = _of_layer(spec, layer, named)
         table |= {prefix + name + linear: slot and name + slot for linear, slot in of_layer.items()}
     if spec.ple_width:
         table[f"{prefix}per_layer_model_projection"] = "per_layer.projection"
@@ -51,15 +53,22 @@ def _of_layer(spec: ModelSpec, layer: LayerSpec, experts: ExpertNames) -> dict[s
         if not layer.k_eq_v:
             table["self_attn.v_proj"] = "qkv"
     table |= {"self_attn.o_proj": "o"}
-    table |= {"mlp.gate_proj": "gate_up", "mlp.up_proj": "gate_up", "mlp.down_proj": "down"}
+    mlp = mlp_of(spec, layer)
+    table |= {f"{mlp}gate_proj": "gate_up", f"{mlp}up_proj": "gate_up", f"{mlp}down_proj": "down"}
     if layer.experts is not None:
-        table["router.proj"] = None
+        if spec.family is Family.GEMMA4:  # GLM's is none of PyTorch's linears
+            table["router.proj"] = None
         for id in range(layer.experts.num_experts if experts.each else 0):
             table |= {f"{experts.within}{id}.{name}_proj": "experts" for name in ("gate", "up", "down")}
     if spec.ple_width:
         table |= {"per_layer_input_gate": "per_layer_input.gate"}
         table |= {"per_layer_projection": "per_layer_input.projection"}
     return table
+
+
+def mlp_of(spec: ModelSpec, layer: LayerSpec) -> str:
+    """Where a layer's MLP lies."""
+    return "mlp.shared_experts." if spec.family is Family.GLM4_MOE and layer.experts else "mlp."
 
 
 def schemes_of(linears: dict[str, str | None], quantization: Quantization | None) -> dict[str, Scheme]:
@@ -77,8 +86,9 @@ def _names(name: str) -> list[str]:
         if name.startswith(one):
             names.append(other + name.removeprefix(one))
             break
-    bare = [each.replace(f".{EXPERTS[1]}", f".{EXPERTS[0]}") for each in names]
-    return sorted({*names, *bare, *(each.replace(f".{EXPERTS[0]}", f".{EXPERTS[1]}") for each in bare)})
+    plain, within = EXPERTS[Family.GEMMA4]
+    bare = [each.replace(f".{within}", f".{plain}") for each in names]
+    return sorted({*names, *bare, *(each.replace(f".{plain}", f".{within}") for each in bare)})
 
 
 def held_in_fp8(linears: dict[str, str | None], schemes: dict[str, Scheme]) -> frozenset[str]:

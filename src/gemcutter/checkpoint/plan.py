@@ -12,7 +12,7 @@ from gemcutter.checkpoint.linears import HEAD, ExpertNames, held_in_fp8, linears
 from gemcutter.checkpoint.quantization import STATIC, Scheme
 from gemcutter.checkpoint.stored import FP8, STORED_AS, Stored, find_experts, find_prefix, read_headers
 from gemcutter.checkpoint.table import empty_weights, is_ignored, pieces
-from gemcutter.spec import ModelSpec
+from gemcutter.spec import Family, ModelSpec
 
 SCALE_DTYPES = ("BF16", "F16", "F32")
 ONE_SCALE = ((), (1,), (1, 1))
@@ -62,6 +62,8 @@ def read_plan(spec: ModelSpec, folder: Path) -> Plan:
     wanted = _wanted(spec, prefix, experts, schemes, quantization is not None)
     _check(spec, folder, prefix, wanted, {name: found[name] for name in found if name not in unused})
     notices = _notices(spec, table, schemes)
+    if drafting := [name for name in found if spec.family is Family.GLM4_MOE and is_ignored(spec, prefix)(name)]:
+        notices.append(f"{len(drafting)} tensors of layer {len(spec.layers)}, which drafts tokens, are not used")
     if unused:
         notices.append("its kv_cache_scheme is left out: K and V are cached in the dtype of the activations")
     first = {name: places[0] for name, places in found.items()}
@@ -72,14 +74,14 @@ def _wanted(
     spec: ModelSpec, prefix: str, experts: dict[int, ExpertNames], schemes: dict[str, Scheme], quantized: bool
 ) -> dict[str, Wanted]:
     plain = replace(spec, quantized=frozenset())
-    weights = empty_weights(plain, torch.device("meta"), torch.float32)
+    weights = empty_weights(plain, torch.device("meta"), getattr(torch, spec.dtype))
     wanted = {}
     for name, view in pieces(plain, weights, prefix, experts).items():
         linear, shape = name.removesuffix(".weight"), tuple(view.shape)
         scheme = schemes.get(linear)
         if scheme is None:
             why = ": quantization_config leaves it out" if quantized and len(shape) > 1 else ""
-            wanted[name] = Wanted((shape,), (STORED_AS[spec.dtype],), why)
+            wanted[name] = Wanted((shape,), (STORED_AS[str(view.dtype).removeprefix("torch.")],), why)
             continue
         wanted[name] = Wanted((shape,), (FP8,), ": quantization_config means it, and its ignore list does not")
         wanted[f"{linear}.weight_scale"] = Wanted(scheme.scale_shapes(*shape), SCALE_DTYPES)

@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from gemcutter.checkpoint.files import CheckpointError
-from gemcutter.checkpoint.linears import EACH, EXPERTS, NESTED, TEXT_ONLY, TOGETHER, ExpertNames
-from gemcutter.spec import ModelSpec
+from gemcutter.checkpoint.linears import EXPERTS, NESTED, TEXT_ONLY, ExpertNames, usual
+from gemcutter.spec import Family, ModelSpec
 
 STORED_AS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # safetensors' names of dtypes
 FP8 = "F8_E4M3"
@@ -73,8 +73,8 @@ def find_experts(
     for layer in spec.layers:
         if layer.experts is None:
             continue
-        names[layer.index] = EACH if quantized else TOGETHER
-        for within in EXPERTS:
+        names[layer.index] = usual(spec.family, each=quantized or spec.family is Family.GLM4_MOE)
+        for within in EXPERTS[spec.family]:
             begin = f"{prefix}layers.{layer.index}.{within}"
             ids = range(layer.experts.num_experts)
             if any(f"{begin}{name}" in found for name in ("gate_up_proj", "down_proj")):

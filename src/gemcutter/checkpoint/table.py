@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from gemcutter.checkpoint.linears import HEAD, NESTED, TOGETHER, ExpertNames
+from gemcutter.checkpoint.glm4_moe_table import empty_glm4_moe, glm4_moe_layer_pieces
+from gemcutter.checkpoint.linears import HEAD, NESTED, ExpertNames, usual
+from gemcutter.checkpoint.views import empty_linear, expert_pieces, rows
+from gemcutter.model.glm4_moe_weights import Glm4MoeWeights
 from gemcutter.model.weights import (
     ExpertWeights,
     LayerWeights,
@@ -13,8 +16,7 @@ from gemcutter.model.weights import (
     PerLayerInputWeights,
     Weights,
 )
-from gemcutter.ops.quantize_fp8 import Quantized
-from gemcutter.spec import LayerSpec, ModelSpec
+from gemcutter.spec import Family, LayerSpec, ModelSpec
 
 OTHER_MODALITIES = (
     "model.vision_tower.",
@@ -23,22 +25,21 @@ OTHER_MODALITIES = (
     "model.audio_tower.",
     "model.embed_audio.",
 )
-
-
 SCALES = ("weight_scale", "input_scale")  # beside the weight of a linear in FP8
 
 
-def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights:
+def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights | Glm4MoeWeights:
     """Uninitialised weights of a model, every tensor contiguous."""
+    return EMPTY[spec.family](spec, device, dtype)
+
+
+def _empty_gemma4(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Weights:
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
     def linear(name: str, *shape: int) -> Linear:
-        if name not in spec.quantized:
-            return empty(*shape)
-        q = torch.empty(shape, device=device, dtype=torch.float8_e4m3fn)
-        return Quantized(q, torch.empty(*shape[:-1], 1, device=device, dtype=torch.float32))
+        return empty_linear(shape, device, None if name in spec.quantized else dtype)
 
     def layer(layer: LayerSpec) -> LayerWeights:
         at = f"layers.{layer.index}."
@@ -96,7 +97,10 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
 
 
 def pieces(
-    spec: ModelSpec, weights: Weights, prefix: str, experts: dict[int, ExpertNames] | None = None
+    spec: ModelSpec,
+    weights: Weights | Glm4MoeWeights,
+    prefix: str,
+    experts: dict[int, ExpertNames] | None = None,
 ) -> dict[str, Linear]:
     """Every weight that a checkpoint must hold: its name, and the view of `weights` that it fills.
 
@@ -104,31 +108,30 @@ def pieces(
     contiguous, as merged tensors are split by rows; so are the scales of one in FP8.
 
     Args:
-        experts: by layer, how its experts are named; TOGETHER where it is left out.
+        experts: by layer, how its experts are named; as the family's releases have them where it is left out.
     """
     table: dict[str, Linear] = {
         "embed_tokens.weight": weights.embed,
         "norm.weight": weights.norm,
     }
-    if weights.per_layer is not None:
+    if spec.ple_width:
         table |= {
             "embed_tokens_per_layer.weight": weights.per_layer.embed,
             "per_layer_model_projection.weight": weights.per_layer.projection,
             "per_layer_projection_norm.weight": weights.per_layer.projection_norm,
         }
     for layer in spec.layers:
-        of_layer = _layer_pieces(layer, weights.layers[layer.index])
+        of_layer = LAYER_PIECES[spec.family](layer, weights.layers[layer.index])
         of_experts = weights.layers[layer.index].experts
         if of_experts is not None:
-            of_layer |= expert_pieces(
-                of_experts.gate_up, of_experts.down, (experts or {}).get(layer.index, TOGETHER)
-            )
+            named = (experts or {}).get(layer.index, usual(spec.family, each=spec.family is Family.GLM4_MOE))
+            of_layer |= expert_pieces(of_experts.gate_up, of_experts.down, named)
         table |= {f"layers.{layer.index}.{name}": view for name, view in of_layer.items()}
     table = {prefix + name: view for name, view in table.items()}
     return table if spec.tied_head else table | {HEAD: weights.head}
 
 
-def _layer_pieces(layer: LayerSpec, weights: LayerWeights) -> dict[str, Linear]:
+def _gemma4_layer_pieces(layer: LayerSpec, weights: LayerWeights) -> dict[str, Linear]:
     width = layer.mlp_width
     table: dict[str, Linear] = {
         "input_layernorm.weight": weights.input_norm,
@@ -169,37 +172,19 @@ def _layer_pieces(layer: LayerSpec, weights: LayerWeights) -> dict[str, Linear]:
     return table
 
 
-def expert_pieces(gate_up: Linear, down: Linear, names: ExpertNames) -> dict[str, Linear]:
-    if not names.each:
-        return {f"{names.within}gate_up_proj": gate_up, f"{names.within}down_proj": down}
-    count, double = gate_up.shape[:2] if isinstance(gate_up, torch.Tensor) else gate_up.q.shape[:2]
-    table = {}
-    for id in range(count):
-        both = expert(gate_up, id)
-        table |= {
-            f"{names.within}{id}.gate_proj.weight": rows(both, 0, double // 2),
-            f"{names.within}{id}.up_proj.weight": rows(both, double // 2, double),
-            f"{names.within}{id}.down_proj.weight": expert(down, id),
-        }
-    return table
-
-
-def rows(weight: Linear, begin: int, end: int) -> Linear:
-    if isinstance(weight, Quantized):
-        return Quantized(weight.q[begin:end], weight.scale[begin:end])
-    return weight[begin:end]
-
-
-def expert(weight: Linear, id: int) -> Linear:
-    return Quantized(weight.q[id], weight.scale[id]) if isinstance(weight, Quantized) else weight[id]
+EMPTY = {Family.GEMMA4: _empty_gemma4, Family.GLM4_MOE: empty_glm4_moe}
+LAYER_PIECES = {Family.GEMMA4: _gemma4_layer_pieces, Family.GLM4_MOE: glm4_moe_layer_pieces}
 
 
 def is_ignored(spec: ModelSpec, prefix: str) -> Callable[[str], bool]:
     """Tells names that a checkpoint may hold and we have no use for; anything else left over is an error.
 
-    They are the K/V projections and norms of layers that read another layer's K/V, which some exports keep, and
-    the towers and projectors of other modalities beside a nested text model.
+    They are the K/V projections and norms of layers that read another layer's K/V, which some exports keep, the
+    towers and projectors of other modalities beside a nested text model, and the layer behind GLM's last one, which
+    drafts further tokens.
     """
+    if spec.family is Family.GLM4_MOE:
+        return lambda name: name.startswith(f"{prefix}layers.{len(spec.layers)}.")
     unused_kv = {
         f"{prefix}layers.{layer.index}.self_attn.{module}.weight"
         for layer in spec.layers

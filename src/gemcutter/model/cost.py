@@ -1,4 +1,4 @@
-"""What a Gemma 4 model costs: parameters, bytes and FLOPs, from its spec alone. No torch.
+"""What a model costs: parameters, bytes and FLOPs, from its spec alone. No torch.
 
 Floors are bytes that must move and FLOPs that must run, whatever the engine. Routing is taken as uniform: a step
 of B tokens touches E * (1 - (1 - k/E)^B) of a layer's E experts.
@@ -7,7 +7,7 @@ of B tokens touches E * (1 - (1 - k/E)^B) of a layer's E experts.
 from enum import StrEnum
 from typing import NamedTuple
 
-from gemcutter.spec import Kind, LayerSpec, ModelSpec
+from gemcutter.spec import Family, Kind, LayerSpec, ModelSpec
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8_e4m3": 1}
 
@@ -213,7 +213,10 @@ def _expert_matrices(spec: ModelSpec, layer: LayerSpec) -> int:
 
 
 def _layer_vectors(spec: ModelSpec, layer: LayerSpec) -> int:
-    """Norms and scales."""
+    """Norms, biases and scales."""
+    if spec.family is Family.GLM4_MOE:
+        heads = 2 * layer.head_dim * layer.qk_norm + layer.qkv_width * layer.qkv_bias
+        return 2 * spec.hidden + heads + (layer.experts.num_experts if layer.experts else 0)
     norms = 4 + (1 if spec.ple_width else 0)
     count = norms * spec.hidden + layer.head_dim * (2 if layer.owns_kv else 1) + 1
     if layer.experts:

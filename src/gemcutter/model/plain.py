@@ -92,12 +92,13 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return wide.to(x.dtype)
 
 
-def linear(x: Tensor, weight: Linear) -> Tensor:
-    """x @ weight.T. A weight in FP8 takes x in FP8, each row with a scale of its own, and sums in float."""
+def linear(x: Tensor, weight: Linear, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias. A weight in FP8 takes x in FP8, each row with a scale of its own, and sums in float."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     q, scale = quantize_fp8_reference(x)
-    return (F.linear(q.float(), weight.q.float()) * weight.scale.T * scale).to(x.dtype)
+    out = F.linear(q.float(), weight.q.float()) * weight.scale.T * scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def attention(

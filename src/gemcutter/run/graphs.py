@@ -11,7 +11,7 @@ from rich.progress import track
 
 from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
-from gemcutter.model.gemma4 import Gemma4
+from gemcutter.model.models import Model
 from gemcutter.ops.sample import argmax_into
 from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder
@@ -27,7 +27,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        model: Gemma4,
+        model: Model,
         pool: KVPool,
         builder: StepBuilder,
         suppressed: torch.Tensor | None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gemcutter.cache.pool import KVPool
-from gemcutter.model.gemma4 import Gemma4
+from gemcutter.model.models import Model
 from gemcutter.ops.sample import SampleResult, argmax_into, sample
 from gemcutter.ops.sample_batch import SampleBatch, SampleRow
 from gemcutter.run.build import StepBuilder
@@ -55,7 +55,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Gemma4,
+        model: Model,
         pool: KVPool,
         builder: StepBuilder,
         graphs: StepGraphs | None,

@@ -5,13 +5,13 @@ from rich.progress import track
 
 from gemcutter.batch import KindBatch, StepBatch
 from gemcutter.cache.pool import KVPool
-from gemcutter.model.gemma4 import Gemma4
+from gemcutter.model.models import Model
 
 PROMPTS = 128  # at most, and half as many as tokens: layers that see last tokens only get as many rows
 
 
 @torch.inference_mode()
-def warm_up(model: Gemma4, pool: KVPool, max_tokens: int, page_size: int, progress: bool) -> None:
+def warm_up(model: Model, pool: KVPool, max_tokens: int, page_size: int, progress: bool) -> None:
     """Prefill made-up prompts of 2, 4, 8 … tokens up to `max_tokens`; kernels choose their tiles by such buckets.
 
     The prompts live in page 0, which belongs to nobody.
@@ -22,7 +22,7 @@ def warm_up(model: Gemma4, pool: KVPool, max_tokens: int, page_size: int, progre
     torch.cuda.synchronize(model.weights.embed.device)
 
 
-def _prompts(model: Gemma4, count: int, size: int, page_size: int) -> StepBatch:
+def _prompts(model: Model, count: int, size: int, page_size: int) -> StepBatch:
     """So many prompts, powers of two, of `size` tokens together."""
     device, each = model.weights.embed.device, size // count
     zeros = torch.zeros(size, dtype=torch.int64, device=device)
