@@ -8,7 +8,8 @@ greedy request gets alone is HF's (test_parity.py), what a draw gives is the flo
 import random
 
 import pytest
-import tiny_models
+import tiny_glm
+import tiny_kinds
 import torch
 from crowd import alone, check_crowd, mixed_request, next_turns, tight_budget
 from drive import request
@@ -24,6 +25,7 @@ KINDS = {
     "moe": {"sliding_window": 12},  # one page and a half
     "ple_shared": {},  # layers that read others' K/V; a window of exactly one page
     "dense": {"layer_types": ["full_attention"] * 5},  # one kind of pages only
+    "glm": {"n_routed_experts": 32},
 }
 
 
@@ -35,7 +37,8 @@ def start(model, **options) -> Engine:
 def tiny(request, tmp_path_factory):
     """A checkpoint in float32, requests, and what each gets alone: whole prompts, no reuse, pages for all."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny_models.make(request.param, **VOCAB, **KINDS[request.param]).save_pretrained(folder)
+    vocab = VOCAB if request.param not in tiny_glm.KINDS else {"vocab_size": 160}
+    tiny_kinds.make(request.param, **vocab, **KINDS[request.param]).save_pretrained(folder)
     rng = random.Random(request.param)
     bases = [[rng.randrange(3, 100) for _ in range(40)] for _ in range(2)]
     requests = [mixed_request(rng, str(i), bases, [0, 8, 17, 40], 13, [1, 20, 20, None]) for i in range(24)]

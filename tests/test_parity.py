@@ -1,10 +1,10 @@
-"""The engine against HF: random small models of five kinds, greedy, float32 on the CPU (and on a GPU if marked).
+"""The engine against HF: random small models of eight kinds, greedy, float32 on the CPU (and on a GPU if marked).
 
 The oracle is HF's eager model without a cache: each token from a fresh forward over the whole sequence.
 """
 
 import pytest
-import tiny_models
+import tiny_kinds
 import torch
 from drive import finish, request
 
@@ -25,13 +25,13 @@ def greedy(model, prompt: list[int]) -> tuple[list[int], list[torch.Tensor]]:
     return ids[len(prompt) :], logprobs
 
 
-@pytest.fixture(scope="module", params=list(tiny_models.KINDS))
+@pytest.fixture(scope="module", params=tiny_kinds.KINDS)
 def case(request, tmp_path_factory):
     """(folder, prompts, HF's tokens and log-probabilities) of one kind."""
-    model = tiny_models.make(request.param)
+    model = tiny_kinds.make(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    window = model.config.sliding_window
+    window = getattr(model.config, "sliding_window", 8)
     generator = torch.Generator().manual_seed(1)
     lengths = [1, 2, window - 1, window, window + 1, 2 * window + 3, 4 * window]
     prompts = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]

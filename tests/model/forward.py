@@ -11,10 +11,12 @@ from gemcutter.batch import KindBatch, StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.dummy import dummy_weights
-from gemcutter.model.gemma4 import Gemma4
+from gemcutter.model.models import Model
 from gemcutter.ops.embed import embed
 from gemcutter.ops.logits import logits
 from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.t5_norm import t5_norm
+from gemcutter.spec import Family
 
 S, F = "sliding_attention", "full_attention"
 PAGE = 16
@@ -79,14 +81,15 @@ def step_batch(token_ids: torch.Tensor, chunks: list[tuple[int, int]], tables: d
     )
 
 
-def logits_of_all(model: Gemma4, batch: StepBatch, pool: KVPool) -> torch.Tensor:
+def logits_of_all(model: Model, batch: StepBatch, pool: KVPool) -> torch.Tensor:
     """[T, V], of every token: each goes through every layer."""
     spec, w = model.spec, model.weights
-    hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
-    per_layer = model._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
-    normed = rms_norm(hidden, w.layers[0].input_norm, spec.eps)
+    gemma = spec.family is Family.GEMMA4
+    hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5 if gemma else 1.0)
+    per_layer = model._per_layer_inputs(batch, hidden) if spec.ple_width else None
+    normed = (rms_norm if gemma else t5_norm)(hidden, w.layers[0].input_norm, spec.eps)
     readers = [*((after.input_norm, after.qkv) for after in w.layers[1:]), (w.norm, w.head)]
     for layer, layer_weights, reader in zip(spec.layers, w.layers, readers, strict=True):
-        own = per_layer[:, layer.index] if per_layer is not None else None
-        hidden, normed = model.decoder_layer(layer, layer_weights, *reader, hidden, normed, own, batch, pool)
+        own = [per_layer[:, layer.index] if per_layer is not None else None] if gemma else []
+        hidden, normed = model.decoder_layer(layer, layer_weights, *reader, hidden, normed, *own, batch, pool)
     return logits(normed, w.head, spec.softcap)

@@ -21,8 +21,7 @@ def quantized(weights: Weights, *, linears: tuple[str, ...] = LINEARS, experts: 
 
 def _layer(w: LayerWeights, linears: tuple[str, ...], experts: bool) -> LayerWeights:
     w = dataclasses.replace(w, **{name: channels(getattr(w, name)) for name in linears})
-    if w.per_layer_input is not None:
-        given = w.per_layer_input
+    if (given := getattr(w, "per_layer_input", None)) is not None:
         w.per_layer_input = dataclasses.replace(
             given, gate=channels(given.gate), projection=channels(given.projection)
         )

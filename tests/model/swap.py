@@ -9,6 +9,7 @@ import torch
 
 # Every op of the forward pass but the matrix products (attention and experts): where its reference stands.
 REFERENCES = {
+    "add_norm": "add_norm.add_norm_reference",
     "attention_seam": "attention_seam.attention_seam_reference",
     "embed": "embed.embed_reference",
     "gate_up": "gate_up.gate_up_reference",
@@ -17,9 +18,13 @@ REFERENCES = {
     "per_layer_inputs": "per_layer_inputs.per_layer_inputs_reference",
     "qkv_rope_store": "qkv_rope_store.qkv_rope_store_reference",
     "rms_norm": "rms_norm.rms_norm_reference",
+    "rope_store": "rope_store.rope_store_reference",
     "select_experts": "select_experts.select_experts_reference",
+    "sigmoid_topk": "sigmoid_topk.sigmoid_topk_reference",
     "softcap_": "logits.softcap_reference_",
     "sort_by_expert": "sort_by_expert.sort_by_expert_reference",
+    "swiglu": "swiglu.swiglu_reference",
+    "t5_norm": "t5_norm.t5_norm_reference",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
+import tiny_kinds
 import torch
 from forward import CUTS, PAGE, build, step_batch
 from swap import REFERENCES, reference, swapped
@@ -18,25 +18,29 @@ from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.load import load
 from gemcutter.model import plain
-from gemcutter.model.gemma4 import Gemma4
+from gemcutter.model.models import MODELS as FAMILIES
+from gemcutter.spec import Family
 from gemcutter.verify.compare import count_differing
 
 MODELS = Path(gemcutter.__file__).parent / "models"
 # Ops that only some models call.
 EXPERTS, PER_LAYER = {"select_experts", "sort_by_expert"}, {"gelu_mul", "per_layer_inputs"}
+GLM = {"add_norm", "rope_store", "sigmoid_topk", "swiglu", "t5_norm"}
 
 
 def called_by(spec) -> set[str]:
+    if spec.family is Family.GLM4_MOE:
+        return GLM | {"embed", "sort_by_expert"}
     left_out = set() if any(layer.experts for layer in spec.layers) else EXPERTS
     left_out = left_out if spec.ple_width else left_out | PER_LAYER
-    return set(REFERENCES) - left_out - (set() if spec.softcap else {"softcap_"})
+    return set(REFERENCES) - GLM - left_out - (set() if spec.softcap else {"softcap_"})
 
 
 class Case:
     """A model, and steps through it: prompts side by side, then a token of each, then both mixed."""
 
     def __init__(self, spec, weights, lengths: list[int]) -> None:
-        self.spec, self.model = spec, Gemma4(spec, weights, 2048)
+        self.spec, self.model = spec, FAMILIES[spec.family](spec, weights, 2048)
         self.dtype, self.device = weights.embed.dtype, weights.embed.device
         self.layout = CacheLayout.of(spec, PAGE, self.dtype.itemsize)
         longest = self.layout.num_pages(max(lengths) + 2)
@@ -72,11 +76,11 @@ def differing(ours: tuple, theirs: tuple, spec) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-@pytest.mark.parametrize("kind", ["moe", "ple_shared"])
+@pytest.mark.parametrize("kind", ["moe", "ple_shared", "glm"])
 @torch.inference_mode()
 def test_swap_reaches_every_op(kind, tmp_path):
     """On a CPU references run anyway, so this is about the swap: it is seen, wrong ops are found, and it ends."""
-    tiny_models.make(kind).save_pretrained(tmp_path)
+    tiny_kinds.make(kind).save_pretrained(tmp_path)
     spec = read_spec(tmp_path)
     case = Case(spec, load(spec, tmp_path, torch.device("cpu"), torch.float32, "auto", 0), [1, 9, 30])
     want = case.run()

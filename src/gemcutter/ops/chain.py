@@ -8,11 +8,12 @@ unless a kernel of PyTorch's, which waits for all before it, stands between. Ano
 enough: it may let its successor come before it has joined itself, and so while the one ahead of it still writes.
 
 A tensor is settled for a kernel, and may be read before it joins, if between the kernel that wrote it and this one
-stands one that releases behind its join, or any of PyTorch's: that one began its work when all before it were done,
-and what comes after it came later still. A step's batch, and the K/V of steps before it, are settled for all its
-kernels but the first, which is `embed`. Norms, seams, `geglu`, `linear`, `select_experts` and `embed` release
-behind their join; `gate_up`, `experts`, `attend` and the head norms may do so before. Source: CUDA programming
-guide, programmatic dependent launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
+stands one that releases behind its join, or any of PyTorch's: that one began its work when all before it were
+done, and what comes after it came later still. A step's batch, and the K/V of steps before it, are settled for all
+its kernels but the first, which is `embed`. Norms, seams, `geglu`, `swiglu`, `linear`, `float_linear`,
+`select_experts`, `sigmoid_topk` and `embed` release behind their join; `gate_up`, `experts`, `attend` and the head
+norms may do so before. Source: CUDA programming guide, programmatic dependent launch; Triton's `gdc_wait` and
+`gdc_launch_dependents`.
 """
 
 import functools
