@@ -30,6 +30,12 @@ def _activate(out, x):
     _put(out, F.gelu(gate, approximate="tanh") * up)
 
 
+def _silu(out, x):
+    assert x.is_contiguous() and out.is_contiguous()
+    gate, up = x.float().chunk(2, -1)
+    _put(out, F.silu(gate) * up)
+
+
 def _quantize(x, q, scale):
     for target, value in zip((q, scale), quantize_fp8_reference(x), strict=True):
         _put(target, value)
@@ -124,6 +130,7 @@ SGL_KERNEL = SimpleNamespace(
     rmsnorm=lambda out, x, w, eps, pdl: _put(out, _norm(x, w, eps)),
     fused_add_rmsnorm=lambda x, residual, w, eps, pdl: _add_norm(x, residual, w, eps),
     gelu_tanh_and_mul=_activate,
+    silu_and_mul=_silu,
     sgl_per_token_quant_fp8=_quantize,
     topk_softmax=_topk_softmax,
     moe_align_block_size=_align,
@@ -134,6 +141,7 @@ VLLM = (
         rms_norm=lambda out, x, w, eps: _put(out, _norm(x, w, eps)),
         fused_add_rms_norm=_add_norm,
         gelu_tanh_and_mul=_activate,
+        silu_and_mul=_silu,
         rotary_embedding=_rotary_embedding,
         fused_qk_norm_rope=_fused_qk_norm_rope,
         dynamic_per_token_scaled_fp8_quant=lambda q, x, scale, bound: _quantize(x, q, scale),

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from gemcutter.bench.ops import compare
-from gemcutter.bench.peers import HOW_TO_ADD, PEERS, activations, attention, experts, norms, packages, why_absent
+from gemcutter.bench.peers import (
+    HOW_TO_ADD,
+    PEERS,
+    activations,
+    attention,
+    experts,
+    glm,
+    norms,
+    packages,
+    why_absent,
+)
 from gemcutter.verify.cases import all_cases
 from gemcutter.verify.inputs import Kind
 
@@ -30,7 +40,7 @@ def results(case, number, rows, device):
 
 @pytest.fixture
 def engines(monkeypatch):
-    for module in (norms, attention, experts, activations):
+    for module in (norms, attention, experts, activations, glm):
         fakes = dict(
             sgl_kernel=lambda: engine_kernels.SGL_KERNEL,
             vllm_ops=lambda: engine_kernels.VLLM,

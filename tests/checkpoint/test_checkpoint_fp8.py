@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from gemcutter.checkpoint.config import read_quantization, read_spec
 from gemcutter.checkpoint.files import CheckpointError, shards
-from gemcutter.checkpoint.linears import EACH, TOGETHER, linears, schemes_of
+from gemcutter.checkpoint.linears import linears, schemes_of, usual
 from gemcutter.checkpoint.load import load, load_weights, quantize_on_load
 from gemcutter.checkpoint.plan import read_plan
 from gemcutter.checkpoint.table import empty_weights, pieces
@@ -490,7 +490,7 @@ def test_host_memory_stays_under_twice_the_largest_file(scheme, tmp_path):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     spec = read_spec(tmp_path)
-    names = dict.fromkeys(range(6), EACH if quantization else TOGETHER)
+    names = dict.fromkeys(range(6), usual(spec.family, each=quantization is not None))
     schemes = schemes_of(linears(spec, "model.", names), quantization and read_quantization(tmp_path))
     meta = empty_weights(replace(spec, quantized=frozenset()), torch.device("meta"), BF16)
     table = pieces(spec, meta, "model.", names)
@@ -521,7 +521,6 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 from gemcutter.checkpoint.config import read_quantization, read_spec
-from gemcutter.checkpoint.linears import EACH, TOGETHER, linears, schemes_of
 from gemcutter.checkpoint.load import load, quantize_on_load
 from gemcutter.ops.quantize_fp8 import quantize_fp8
 
