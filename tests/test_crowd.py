@@ -71,7 +71,7 @@ def test_tiny_crowd_equals_alone(tiny, crowd, ahead, monkeypatch):
 
 def test_tiny_crowd_with_an_fp8_cache_equals_alone(tmp_path, monkeypatch):
     """K/V are quantised before any are read, so neither chunks nor company nor pages lost show."""
-    tiny_models.make("ple_shared", **VOCAB).save_pretrained(tmp_path)
+    tiny_kinds.make("ple_shared", **VOCAB).save_pretrained(tmp_path)
     rng = random.Random(8)
     bases = [[rng.randrange(3, 100) for _ in range(40)] for _ in range(2)]
     requests = [mixed_request(rng, str(i), bases, [0, 8, 17, 40], 13, [1, 20, 20, None]) for i in range(16)]
