@@ -174,12 +174,13 @@ class Engine:
         just_now = not flight.is_done
         sampled = flight.read()
         self._pace.ended(just_now)
-        for row, sequence, token_id in self._scheduler.commit(flight.plan, sampled.token_ids):
-            logprobs = sampled.logprobs[row]
+        samplers = flight.plan.samplers
+        for row in self._scheduler.commit(flight.plan, sampled.token_ids):
+            sequence, logprobs = samplers[row].sequence, sampled.logprobs[row]
             self._news.append(
                 Update(
                     id=sequence.id,
-                    token_ids=[token_id],
+                    token_ids=[sampled.token_ids[row]],
                     logprobs=None if logprobs is None else [logprobs],
                     finish_reason=sequence.finish_reason,
                     stop_id=sequence.stop_id,

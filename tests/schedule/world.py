@@ -115,13 +115,13 @@ class World:
         return drawn
 
     def _commit(self, plan: Plan, tokens: list[int]) -> None:
-        for new in self.scheduler.commit(plan, tokens):
-            assert plan.samplers[new.row].sequence is new.sequence and tokens[new.row] == new.token_id
-            self.first_tokens.setdefault(new.sequence.id, self.steps)
-            self.outputs[new.sequence.id].append(new.token_id)
-            assert new.sequence.output_ids.tolist() == self.outputs[new.sequence.id]
-            if new.sequence.finish_reason is not None:
-                self.finished[new.sequence.id] = new.sequence.finish_reason
+        for row in self.scheduler.commit(plan, tokens):
+            sequence = plan.samplers[row].sequence
+            self.first_tokens.setdefault(sequence.id, self.steps)
+            self.outputs[sequence.id].append(tokens[row])
+            assert sequence.output_ids.tolist() == self.outputs[sequence.id]
+            if sequence.finish_reason is not None:
+                self.finished[sequence.id] = sequence.finish_reason
         self._check_pages()
 
     def _fail(self, plan: Plan) -> None:

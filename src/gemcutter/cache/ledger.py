@@ -42,7 +42,8 @@ class Ledger:
         self._reuse = reuse
         self._held: dict[str, _Holding] = {}
         self._rows = list(range(max_sequences - 1, -1, -1))
-        shape = (max_sequences, layout.num_pages(context_length))
+        self._nobody = max_sequences  # a row that holds no pages
+        shape = (max_sequences + 1, layout.num_pages(context_length))
         self._tables = {kind: np.zeros(shape, np.int32) for kind in layout.kinds}
 
     @property
@@ -95,37 +96,37 @@ class Ledger:
             return True
         end = self.layout.num_pages(length)
         need = end - held.num_pages
-        if any(book.available < need for book in self.books.values()):
-            return False
+        for book in self.books.values():
+            if book.available < need:
+                return False
         for kind, book in self.books.items():
-            self._tables[kind][held.row, held.num_pages : end] = [book.take() for _ in range(need)]
+            row = self._tables[kind][held.row]
+            for j in range(held.num_pages, end):
+                row[j] = book.take()
         held.num_pages = end
         return True
 
-    def commit(self, seq_id: str, computed: int) -> None:
+    def commit(self, seq_id: str, computed: int) -> int:
         """Tokens [0, computed) have K/V now: offer the prompt's full pages, give up those behind the window.
 
         The next query stands at position `computed`. Pages given up stay reusable until they are evicted. Pages
         with a generated token are never offered: in a prompt it would be prefilled, with other last bits.
+
+        Returns:
+            Up to so many tokens neither this nor `extend` has anything to do: they need not be called.
         """
         held = self._held[seq_id]
-        if computed < held.next_turn:
-            return
-        held.next_turn = self.layout.next_turn(computed)
         room = held.num_pages * self.layout.page_size
         assert computed <= room, f"{seq_id}: {computed} tokens computed, on pages for {room}"
-        full_pages = min(computed, held.chain.prompt_length) // self.layout.page_size
-        if self._reuse and held.num_registered < full_pages:
-            for j in range(held.num_registered, full_pages):
-                digest = held.chain.digest(j)
-                for kind, book in self.books.items():
-                    book.register(int(self._tables[kind][held.row, j]), digest)
-            held.num_registered = full_pages
-        for kind, first in held.first.items():
-            visible = min(self.layout.first_page(kind, computed), held.num_pages)
-            if first < visible:
-                self._give_up(held, kind, range(first, visible))
-                held.first[kind] = visible
+        if computed >= held.next_turn:
+            held.next_turn = self.layout.next_turn(computed)
+            self._offer(held, computed)
+            for kind, first in held.first.items():
+                visible = min(self.layout.first_page(kind, computed), held.num_pages)
+                if first < visible:
+                    self._give_up(held, kind, range(first, visible))
+                    held.first[kind] = visible
+        return min(room, held.next_turn - 1)
 
     def release(self, seq_id: str) -> None:
         """The sequence holds nothing any more. What was offered stays reusable until it is evicted.
@@ -143,9 +144,9 @@ class Ledger:
         held = self._held[seq_id]
         return self._tables[kind][held.row, : held.num_pages]
 
-    def read_tables(self, seq_ids: list[str], out: np.ndarray) -> None:
-        """Fill out [kinds, len(seq_ids), width] with the ids of pages 0 … width - 1; 0 where none is held."""
-        rows = [self._held[seq_id].row for seq_id in seq_ids]
+    def read_tables(self, seq_ids: list[str | None], out: np.ndarray) -> None:
+        """Fill out [kinds, len(seq_ids), width] with the ids of pages 0 … width - 1; 0 where none is held, as by None."""
+        rows = np.array([self._nobody if seq_id is None else self._held[seq_id].row for seq_id in seq_ids])
         for table, target in zip(self._tables.values(), out, strict=True):
             target[:] = table[rows, : out.shape[2]]
 
@@ -192,6 +193,15 @@ class Ledger:
                     matched = j
                 j -= 1
         return matched
+
+    def _offer(self, held: _Holding, computed: int) -> None:
+        full_pages = min(computed, held.chain.prompt_length) // self.layout.page_size
+        if self._reuse and held.num_registered < full_pages:
+            for j in range(held.num_registered, full_pages):
+                digest = held.chain.digest(j)
+                for kind, book in self.books.items():
+                    book.register(int(self._tables[kind][held.row, j]), digest)
+            held.num_registered = full_pages
 
     def _give_up(self, held: _Holding, kind: Kind, logical: range) -> None:
         book, row = self.books[kind], self._tables[kind][held.row]

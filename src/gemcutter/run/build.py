@@ -39,6 +39,7 @@ class StepBuilder:
         most_drawn = max_sequences + PROMPTS  # by a padded step; others draw one a sequence
         self._begin = rounded(most_drawn)  # of what is sent
         room = self._begin + Shape(len(self._kinds), tokens, rows, rows, width).length
+        self._count = np.arange(self._begin + tokens + 1)
         self._memory = torch.zeros(room, dtype=torch.int64, device=device)
         self._sent = self._memory[self._begin :]
         self._sent_narrow = self._sent.view(torch.int32)
@@ -104,58 +105,59 @@ class StepBuilder:
         """Write and send a step, filled up to the bucket; the logits asked for beyond the samplers' are any."""
         decodes, prefills = plan.decodes, plan.prefills
         empty, unused = bucket.decodes - len(decodes), bucket.prompts - len(prefills)
-        left = bucket.prompt_tokens - sum(c.stop - c.start for c in prefills)
-        assert min(empty, left, unused) >= 0 and (unused or not left), f"{plan} is over {bucket}"
-        last = [left, *[0] * (unused - 1)] if unused else []
-        start = np.array([c.start for c in decodes] + [0] * empty + [c.start for c in prefills] + [0] * unused)
-        stop = np.array([c.stop for c in decodes] + [1] * empty + [c.stop for c in prefills] + last)
-        query_start = np.zeros(bucket.rows + 1, np.int64)
-        np.cumsum(stop - start, out=query_start[1:])
-        width = rounded(self._ledger.layout.num_pages(int(stop.max())))
-        shape = Shape(len(self._kinds), bucket.tokens, bucket.rows, num_logits, width)
+        start, stop = [c.start for c in decodes] + [0] * empty, [c.stop for c in decodes] + [1] * empty
+        if bucket.prompts:
+            left = bucket.prompt_tokens - sum(c.stop - c.start for c in prefills)
+            assert left >= 0 and (unused or not left), f"{plan} is over {bucket}"
+            start += [c.start for c in prefills] + [0] * unused
+            stop += [c.stop for c in prefills] + [left, *[0] * unused][:unused]
+        assert len(start) == len(stop) == bucket.rows, f"{plan} is over {bucket}"
+        held = self._ledger.layout.num_pages(max(stop))
+        shape = Shape(len(self._kinds), bucket.tokens, bucket.rows, num_logits, rounded(held))
         host = torch.empty(shape.length, dtype=torch.int64, pin_memory=self._pin)
         flat = host.numpy()
         parts = shape.cut(flat, flat.view(np.int32))
+        parts.kv_len[:] = stop
+        sequence_of = self._write_positions(parts, bucket, np.array(start))
         self._write_tokens(parts, plan, bucket)
-        sequence_of = np.repeat(np.arange(bucket.rows), stop - start)
-        parts.positions[:] = np.arange(shape.tokens) + (start - query_start[:-1])[sequence_of]
         rows = [i for i, c in enumerate(decodes) if c.samples]
         rows += [bucket.decodes + i for i, c in enumerate(prefills) if c.samples]
-        parts.logit_rows[: len(rows)] = rows
+        parts.logit_rows[: len(rows)] = parts.query_start[1:][rows] - 1
         parts.logit_rows[len(rows) :] = 0
-        parts.query_start[:] = query_start
-        parts.kv_len[:] = np.maximum(stop, 1)  # for StepBatch.last_tokens
-        self._write_places(parts, plan, bucket, sequence_of)
-        self._sent[: shape.length].copy_(host, non_blocking=True)
-        return shape
-
-    def _write_tokens(self, parts: Parts, plan: Plan, bucket: Bucket) -> None:
-        """Ids that the host knows, and for every token where in the device's memory its id lies."""
-        parts.ids[:] = 0
-        parts.source[:] = np.arange(self._begin, self._begin + len(parts.source))  # in ids, which are sent first
-        at, drawn_rows = [], []
-        for chunks, begin in ((plan.decodes, 0), (plan.prefills, bucket.decodes)):
-            known = array("i")
-            for sequence, start, stop, _ in chunks:
-                if start < len(sequence.tokens):
-                    known += sequence.tokens[start:stop]
-                else:
-                    assert sequence.num_unread == 1 == stop - start, f"{sequence}: token {start} was not drawn"
-                    at.append(begin + len(known))
-                    drawn_rows.append(sequence.drawn_row)
-                    known.append(0)
-            parts.ids[begin : begin + len(known)] = known
-        parts.source[at] = drawn_rows
-
-    def _write_places(self, parts: Parts, plan: Plan, bucket: Bucket, sequence_of: np.ndarray) -> None:
-        """Pages of every sequence and the slot of every token, by kind; the dump's for what fills up."""
-        held = self._ledger.layout.num_pages(int(parts.kv_len.max()))
+        # Pages of every sequence and the slot of every token; the dump's for what fills up.
+        ids = [c.sequence.id for c in decodes] + [None] * empty
+        ids += [c.sequence.id for c in prefills] + [None] * unused
+        self._ledger.read_tables(ids, parts.tables[:, :, :held])
         parts.tables[:, :, held:] = 0
-        for chunks, begin, end in ((plan.decodes, 0, bucket.decodes), (plan.prefills, bucket.decodes, bucket.rows)):
-            ids = [c.sequence.id for c in chunks]
-            self._ledger.read_tables(ids, parts.tables[:, begin : begin + len(ids), :held])
-            parts.tables[:, begin + len(ids) : end] = 0
         logical, offset = np.divmod(parts.positions, self._page_size)
         for slots, table in zip(parts.slots, parts.tables, strict=True):
             np.multiply(table[sequence_of, logical], self._page_size, out=slots, dtype=np.int64)
             slots += offset
+        self._sent[: shape.length].copy_(host, non_blocking=True)
+        return shape
+
+    def _write_positions(self, parts: Parts, bucket: Bucket, start: np.ndarray) -> np.ndarray:
+        """Of every token, from the first of its sequence on, and where sequences begin; the sequence of every token."""
+        if not bucket.prompts:
+            parts.positions[:], parts.query_start[:] = start, self._count[: bucket.rows + 1]
+            return self._count[: bucket.rows]
+        size = parts.kv_len - start
+        parts.query_start[0] = 0
+        np.cumsum(size, out=parts.query_start[1:])
+        sequence_of = np.repeat(self._count[: bucket.rows], size)
+        np.add(self._count[: bucket.tokens], (start - parts.query_start[:-1])[sequence_of], out=parts.positions)
+        return sequence_of
+
+    def _write_tokens(self, parts: Parts, plan: Plan, bucket: Bucket) -> None:
+        """Ids that the host knows, and for every token where in the device's memory its id lies."""
+        parts.ids[:] = 0
+        parts.source[:] = self._count[self._begin : self._begin + len(parts.source)]  # in ids, which are sent first
+        drawn = [i for i, c in enumerate(plan.decodes) if c.start >= len(c.sequence.tokens)]
+        parts.source[drawn] = [plan.decodes[i].sequence.drawn_row for i in drawn]
+        if len(drawn) < len(plan.decodes):
+            for i in set(range(len(plan.decodes))).difference(drawn):
+                parts.ids[i] = plan.decodes[i].sequence.tokens[plan.decodes[i].start]
+        at = bucket.decodes
+        for sequence, start, stop, _ in plan.prefills:
+            parts.ids[at : at + stop - start] = sequence.tokens[start:stop]
+            at += stop - start

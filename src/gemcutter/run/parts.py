@@ -1,5 +1,6 @@
 """Parts: what a step is told, as pieces of one flat memory, on the host and on the device alike."""
 
+import functools
 from typing import Any, NamedTuple
 
 ALIGN = 4  # elements: 16 bytes of int32, 32 of int64; kernels are compiled anew for pointers aligned otherwise
@@ -30,41 +31,44 @@ class Shape(NamedTuple):
     @property
     def length(self) -> int:
         """Elements of int64."""
-        return self._before_tables + self.kinds * self.rows * self.width // 2
+        return _places(self).length
 
     def cut(self, wide, narrow) -> Parts:
         """The parts of a memory, given as int64 and as int32; it may be longer."""
-        ids, source, positions, *slots, logit_rows = _pieces(wide, 0, self._wide_sizes)
-        begin = 2 * sum(map(rounded, self._wide_sizes))
-        query_start, kv_len = _pieces(narrow, begin, self._narrow_sizes)
+        ids, source, positions, *slots, logit_rows = (wide[place] for place in _places(self).wide)
+        query_start, kv_len = (narrow[place] for place in _places(self).narrow)
         return Parts(ids, source, positions, slots, logit_rows, query_start, kv_len, self.cut_tables(narrow))
 
     def cut_tables(self, narrow):
         """The tables alone, of a memory given as int32."""
-        begin = 2 * self._before_tables
-        return narrow[begin : 2 * self.length].reshape(self.kinds, self.rows, self.width)
+        return narrow[_places(self).tables].reshape(self.kinds, self.rows, self.width)
 
-    @property
-    def _wide_sizes(self) -> list[int]:
-        return [*[self.tokens] * (3 + self.kinds), self.sampled]
 
-    @property
-    def _narrow_sizes(self) -> list[int]:
-        return [self.rows + 1, self.rows]
+class _Places(NamedTuple):
+    """Of the parts."""
 
-    @property
-    def _before_tables(self) -> int:
-        """Elements of int64."""
-        return sum(map(rounded, self._wide_sizes)) + sum(map(rounded, self._narrow_sizes)) // 2
+    wide: list[slice]  # in elements of int64
+    narrow: list[slice]  # in elements of int32
+    tables: slice  # likewise
+    length: int  # in elements of int64
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(shape: Shape) -> _Places:
+    wide, end = _row([*[shape.tokens] * (3 + shape.kinds), shape.sampled], 0)
+    narrow, end = _row([shape.rows + 1, shape.rows], 2 * end)
+    [tables], end = _row([shape.kinds * shape.rows * shape.width], end)
+    return _Places(wide, narrow, tables, end // 2)
+
+
+def _row(sizes: list[int], begin: int) -> tuple[list[slice], int]:
+    """Pieces one after another, each aligned, and where they end."""
+    pieces = []
+    for size in sizes:
+        pieces.append(slice(begin, begin + size))
+        begin += rounded(size)
+    return pieces, begin
 
 
 def rounded(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
-
-
-def _pieces(memory, begin: int, sizes: list[int]) -> list:
-    pieces = []
-    for size in sizes:
-        pieces.append(memory[begin : begin + size])
-        begin += rounded(size)
-    return pieces

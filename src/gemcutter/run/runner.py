@@ -68,6 +68,9 @@ class Runner:
         self._graphs = graphs
         self._suppressed = suppressed
         self._suppress = [] if suppressed is None else suppressed.tolist()
+        on_gpu = builder.drawn.is_cuda
+        self._told = torch.empty(len(builder.drawn), dtype=torch.int64, pin_memory=on_gpu)
+        self._done = torch.cuda.Event() if on_gpu else None
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Flight:
@@ -79,22 +82,24 @@ class Runner:
 
     @torch.inference_mode()
     def draw(self, flight: Flight) -> None:
-        """Launch the rest. All tokens before those that are drawn must have been read: penalties count them."""
+        """Launch the rest. All tokens before those that are drawn must have been read: penalties count them, and the
+        host's memory for tokens is one.
+        """
         samplers = flight.plan.samplers
         logits, drawn = flight.logits[: len(samplers)], self._builder.drawn[: len(samplers)]
-        if all(chunk.sequence.only_argmax for chunk in samplers):
+        if all([chunk.sequence.only_argmax for chunk in samplers]):
             if samplers and not flight.has_argmax:
                 argmax_into(drawn, logits, self._suppressed)
-            flight.token_ids = drawn.to("cpu", non_blocking=True, copy=True)
+            flight.token_ids = self._told[: len(samplers)].copy_(drawn, non_blocking=True)
         else:
             rows = [_sample_row(chunk.sequence) for chunk in samplers]
             result = sample(logits, SampleBatch.build(rows, logits.shape[1], logits.device, self._suppress))
             drawn.copy_(result.token_ids)
             flight.result = result.to_host()
             flight.token_ids = flight.result.token_ids
-        if logits.is_cuda:
-            flight.done = torch.cuda.Event()
-            flight.done.record(torch.cuda.current_stream(logits.device))
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(logits.device))
+            flight.done = self._done
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:

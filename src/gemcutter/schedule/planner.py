@@ -10,7 +10,6 @@ counts as written, and a page that it uses may go to another request at once: wh
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from gemcutter.cache.ledger import Ledger
 from gemcutter.schedule.plan import Chunk, Plan
@@ -25,14 +24,6 @@ class _Room:
 
     rows: int  # of decoding
     prompt_tokens: int
-
-
-class NewToken(NamedTuple):
-    """A sampled token that counts. The sequence's finish_reason says whether it was the last."""
-
-    row: int  # among the plan's samplers
-    sequence: Sequence
-    token_id: int
 
 
 class Scheduler:
@@ -119,7 +110,11 @@ class Scheduler:
             in_turn = at + 1 == sequence.length and at >= sequence.prompt_length
             (decoding if in_turn else others).append(sequence)
         for sequence in decoding:
-            self._choose(sequence, 1, chosen)
+            stop = sequence.length
+            if stop <= sequence.quiet:
+                chosen[sequence.id] = Chunk(sequence, stop - 1, stop, True)
+            else:
+                self._choose(sequence, 1, chosen)
         room = _Room(rows=self._max_running - len(decoding), prompt_tokens=self._max_prefill_tokens)
         for sequence in others:
             self._choose_more(sequence, room, chosen)
@@ -148,7 +143,8 @@ class Scheduler:
         row = 0
         for sequence, _, stop, samples in plan.chunks:
             sequence.num_computed = stop
-            self.ledger.commit(sequence.id, stop)
+            if stop > sequence.quiet:
+                sequence.quiet = self.ledger.commit(sequence.id, stop)
             if not samples:
                 continue
             sequence.drawn_row = row
@@ -159,10 +155,13 @@ class Scheduler:
                 self.ledger.release(sequence.id)
                 self._leaving.add(sequence)
 
-    def commit(self, plan: Plan, token_ids: list[int]) -> list[NewToken]:
+    def commit(self, plan: Plan, token_ids: list[int]) -> list[int]:
         """Take in what a step drew, one token per sampler. Steps come in the order of their launch.
 
         Tokens of requests that ended meanwhile are dropped. Those that end now give their pages back.
+
+        Returns:
+            Which samplers' tokens count. Their sequences' finish_reason says whether they were the last.
         """
         assert len(token_ids) == len(plan.samplers), f"{len(token_ids)} tokens for {len(plan.samplers)} samplers"
         new = []
@@ -170,7 +169,7 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.finish_reason is None:
                 sequence.append(token_id)
-                new.append(NewToken(row, sequence, token_id))
+                new.append(row)
                 if sequence.finish_reason is not None:
                     self._end(sequence)
         return new
@@ -244,7 +243,7 @@ class Scheduler:
         found cached.
         """
         self.ledger.release(self._running.pop().id)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.quiet = 0
         sequence.preemptions += 1
         self._preemptions += 1
         self._waiting.appendleft(sequence)

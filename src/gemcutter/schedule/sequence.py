@@ -16,7 +16,7 @@ class Sequence:
 
     __slots__ = (
         "id", "params", "only_argmax", "stop_ids", "seed", "prompt_length", "arrival", "tokens", "chain",
-        "max_length", "length", "drawn_row", "num_computed", "cached_tokens", "preemptions", "finish_reason",
+        "max_length", "length", "drawn_row", "num_computed", "quiet", "cached_tokens", "preemptions", "finish_reason",
         "stop_id",
     )  # fmt: skip
 
@@ -37,6 +37,7 @@ class Sequence:
         self.length = self.prompt_length  # tokens that the next step may count on, read or not
         self.drawn_row = 0  # of the newest that is not read, among the tokens that its step draws
         self.num_computed = 0  # tokens whose K/V a launched step has written, or will before the next step begins
+        self.quiet = 0  # up to so many tokens computed the ledger has nothing to do
         self.cached_tokens: int | None = None  # prompt tokens reused when first admitted; None before that
         self.preemptions = 0
         self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while it runs
