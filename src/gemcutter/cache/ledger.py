@@ -145,7 +145,9 @@ class Ledger:
         return self._tables[kind][held.row, : held.num_pages]
 
     def read_tables(self, seq_ids: list[str | None], out: np.ndarray) -> None:
-        """Fill out [kinds, len(seq_ids), width] with the ids of pages 0 … width - 1; 0 where none is held, as by None."""
+        """Fill out [kinds, len(seq_ids), width] with the ids of pages 0 … width - 1; 0 where none is held. None
+        holds none.
+        """
         rows = np.array([self._nobody if seq_id is None else self._held[seq_id].row for seq_id in seq_ids])
         for table, target in zip(self._tables.values(), out, strict=True):
             target[:] = table[rows, : out.shape[2]]

@@ -1,7 +1,5 @@
 """StepBuilder: a plan of one step, in plain ints, becomes the tensors the model reads."""
 
-from array import array
-
 import numpy as np
 import torch
 
@@ -105,23 +103,21 @@ class StepBuilder:
         """Write and send a step, filled up to the bucket; the logits asked for beyond the samplers' are any."""
         decodes, prefills = plan.decodes, plan.prefills
         empty, unused = bucket.decodes - len(decodes), bucket.prompts - len(prefills)
+        left = bucket.prompt_tokens - sum([c.stop - c.start for c in prefills])
+        assert min(empty, left, unused) >= 0 and (unused or not left), f"{plan} is over {bucket}"
         start, stop = [c.start for c in decodes] + [0] * empty, [c.stop for c in decodes] + [1] * empty
-        if bucket.prompts:
-            left = bucket.prompt_tokens - sum(c.stop - c.start for c in prefills)
-            assert left >= 0 and (unused or not left), f"{plan} is over {bucket}"
-            start += [c.start for c in prefills] + [0] * unused
-            stop += [c.stop for c in prefills] + [left, *[0] * unused][:unused]
-        assert len(start) == len(stop) == bucket.rows, f"{plan} is over {bucket}"
+        start += [c.start for c in prefills] + [0] * unused
+        stop += [c.stop for c in prefills] + [left, *[0] * unused][:unused]
         held = self._ledger.layout.num_pages(max(stop))
         shape = Shape(len(self._kinds), bucket.tokens, bucket.rows, num_logits, rounded(held))
         host = torch.empty(shape.length, dtype=torch.int64, pin_memory=self._pin)
         flat = host.numpy()
         parts = shape.cut(flat, flat.view(np.int32))
         parts.kv_len[:] = stop
-        sequence_of = self._write_positions(parts, bucket, np.array(start))
+        sequence_of = self._write_positions(parts, bucket, np.array(start), np.array(stop))
         self._write_tokens(parts, plan, bucket)
         rows = [i for i, c in enumerate(decodes) if c.samples]
-        rows += [bucket.decodes + i for i, c in enumerate(prefills) if c.samples]
+        rows += [i for i, c in enumerate(prefills, bucket.decodes) if c.samples]
         parts.logit_rows[: len(rows)] = parts.query_start[1:][rows] - 1
         parts.logit_rows[len(rows) :] = 0
         # Pages of every sequence and the slot of every token; the dump's for what fills up.
@@ -136,27 +132,25 @@ class StepBuilder:
         self._sent[: shape.length].copy_(host, non_blocking=True)
         return shape
 
-    def _write_positions(self, parts: Parts, bucket: Bucket, start: np.ndarray) -> np.ndarray:
-        """Of every token, from the first of its sequence on, and where sequences begin; the sequence of every token."""
+    def _write_positions(self, parts: Parts, bucket: Bucket, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Of every token its position, of every sequence its first token. Returns every token's sequence."""
         if not bucket.prompts:
             parts.positions[:], parts.query_start[:] = start, self._count[: bucket.rows + 1]
             return self._count[: bucket.rows]
-        size = parts.kv_len - start
         parts.query_start[0] = 0
-        np.cumsum(size, out=parts.query_start[1:])
-        sequence_of = np.repeat(self._count[: bucket.rows], size)
+        np.cumsum(stop - start, out=parts.query_start[1:])
+        sequence_of = self._count[: bucket.rows].repeat(stop - start)
         np.add(self._count[: bucket.tokens], (start - parts.query_start[:-1])[sequence_of], out=parts.positions)
         return sequence_of
 
     def _write_tokens(self, parts: Parts, plan: Plan, bucket: Bucket) -> None:
         """Ids that the host knows, and for every token where in the device's memory its id lies."""
         parts.ids[:] = 0
-        parts.source[:] = self._count[self._begin : self._begin + len(parts.source)]  # in ids, which are sent first
-        drawn = [i for i, c in enumerate(plan.decodes) if c.start >= len(c.sequence.tokens)]
+        parts.source[:] = self._count[self._begin : self._begin + bucket.tokens]  # in ids, which are sent first
+        drawn = [i for i, c in enumerate(plan.decodes) if c.start == len(c.sequence.tokens)]
         parts.source[drawn] = [plan.decodes[i].sequence.drawn_row for i in drawn]
-        if len(drawn) < len(plan.decodes):
-            for i in set(range(len(plan.decodes))).difference(drawn):
-                parts.ids[i] = plan.decodes[i].sequence.tokens[plan.decodes[i].start]
+        known = [] if len(drawn) == len(plan.decodes) else sorted({*range(len(plan.decodes))}.difference(drawn))
+        parts.ids[known] = [plan.decodes[i].sequence.tokens[plan.decodes[i].start] for i in known]
         at = bucket.decodes
         for sequence, start, stop, _ in plan.prefills:
             parts.ids[at : at + stop - start] = sequence.tokens[start:stop]

@@ -16,8 +16,8 @@ class Sequence:
 
     __slots__ = (
         "id", "params", "only_argmax", "stop_ids", "seed", "prompt_length", "arrival", "tokens", "chain",
-        "max_length", "length", "drawn_row", "num_computed", "quiet", "cached_tokens", "preemptions", "finish_reason",
-        "stop_id",
+        "max_length", "length", "drawn_row", "num_computed", "quiet", "cached_tokens", "preemptions",
+        "finish_reason", "stop_id",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival: int, page_size: int, context_length: int) -> None:
