@@ -82,8 +82,8 @@ class Runner:
 
     @torch.inference_mode()
     def draw(self, flight: Flight) -> None:
-        """Launch the rest. All tokens before those that are drawn must have been read: penalties count them, and these
-        take their place in the host's memory.
+        """Launch the rest. All tokens before those that are drawn must have been read: penalties count them, and on
+        the host these are written over them.
         """
         samplers = flight.plan.samplers
         logits, drawn = flight.logits[: len(samplers)], self._builder.drawn[: len(samplers)]
