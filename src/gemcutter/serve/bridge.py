@@ -2,20 +2,17 @@
 
 import asyncio
 import multiprocessing
-import shutil
 import signal
-import tempfile
+import socket
 import traceback
 from collections.abc import Callable
-
-import zmq
-import zmq.asyncio
 
 from gemcutter.config import EngineConfig
 from gemcutter.schedule.request import Request, Stats
 from gemcutter.serve import wire, worker
 from gemcutter.serve.errors import ApiError, bad_request
 from gemcutter.serve.flight import Flight
+from gemcutter.serve.pipe import Splitter, frame
 
 STOP_SECONDS = 1.5  # for the engine process to leave by itself before it is killed
 
@@ -37,25 +34,21 @@ class Bridge:
         self._last_word: str | None = None
         self._mendable = False
         self._started: asyncio.Future[wire.Ready] = asyncio.get_running_loop().create_future()
-        self._folder = tempfile.mkdtemp(prefix="gemcutter-")  # mode 0700: the pipes are this user's alone
-        to_engine, from_engine = f"ipc://{self._folder}/to", f"ipc://{self._folder}/from"
-        self._context, self._loop_context = zmq.Context(), zmq.asyncio.Context()
-        self._push, self._pull = self._context.socket(zmq.PUSH), self._loop_context.socket(zmq.PULL)
-        for socket, address in ((self._push, to_engine), (self._pull, from_engine)):
-            socket.set_hwm(0)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(address)
+        ours, theirs = socket.socketpair()
         spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(
-            target=worker.main, args=(config, to_engine, from_engine, start), name="engine"
-        )
+        self._process = spawn.Process(target=worker.main, args=(config, theirs, start), name="engine")
         self._process.start()
+        theirs.close()
         asyncio.get_running_loop().add_reader(self._process.sentinel, self._on_exit)
-        self._listener = asyncio.create_task(self._listen())
+        self._ear = _Ear(self._hear)
+        self._connecting = asyncio.create_task(
+            asyncio.get_running_loop().create_unix_connection(lambda: self._ear, sock=ours)
+        )
         self._burial: asyncio.Task | None = None
 
     async def ready(self) -> wire.Ready:
         """Raises, if the engine does not start, ValueError for what the user can mend and else EngineDied."""
+        await asyncio.wait([self._connecting])
         await asyncio.wait([self._started, self.gone], return_when=asyncio.FIRST_COMPLETED)
         if self.gone.done():
             raise (ValueError if self._mendable else EngineDied)(self.gone.result())
@@ -116,39 +109,30 @@ class Bridge:
             self._send(wire.Stop())
             await asyncio.wait([self.gone], timeout=STOP_SECONDS)
         asyncio.get_running_loop().remove_reader(self._process.sentinel)
-        for task in filter(None, (self._listener, self._burial)):
-            task.cancel()
+        if self._burial is not None:
+            self._burial.cancel()
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
-        self._push.close()
-        self._pull.close()
-        self._context.term()
-        self._loop_context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        (await self._connecting)[0].abort()
 
     def _send(self, message: wire.Submit | wire.Abort | wire.Stop) -> None:
-        try:
-            self._push.send(wire.encode(message), zmq.NOBLOCK)
-        except zmq.Again:  # no peer: it is dying, and `_on_exit` will say so to everyone
-            pass
+        """If the engine is dying, into the void; `_on_exit` will say so to everyone."""
+        self._ear.transport.write(frame(wire.encode(message)))
 
-    async def _listen(self) -> None:
+    def _hear(self, message: bytes) -> None:
         try:
-            while True:
-                self._hear(wire.from_engine.decode(await self._pull.recv()))
+            self._take(wire.from_engine.decode(message))
         except Exception:  # our bug; deaf to the engine, the server would only look alive
             traceback.print_exc()
             self._last_word = "its messages could not be read"
             self._process.kill()
 
-    def _hear(self, message: wire.Ready | wire.Report | wire.Failed) -> None:
+    def _take(self, message: wire.Ready | wire.Report | wire.Failed) -> None:
         match message:
             case wire.Report():
                 self._deliver(message)
             case wire.Ready():
-                # Both pipes are connected now, so nothing needs their files: a killed server leaves none behind.
-                shutil.rmtree(self._folder, ignore_errors=True)
                 self.stats = message.stats
                 self._started.set_result(message)
             case wire.Failed():
@@ -179,11 +163,31 @@ class Bridge:
         self._burial = asyncio.create_task(self._bury())
 
     async def _bury(self) -> None:
-        await asyncio.sleep(0.1)  # for a last word that is still in the pipe
+        await self._ear.closed.wait()  # a last word may still be in the pipe
         self._process.join()
         reason = self._last_word or f"engine process {_ending(self._process.exitcode)}"
         self.gone.set_result(reason)
         self.abort_all(ApiError(500, f"the engine died: {reason}", code="engine_dead"))
+
+
+class _Ear(asyncio.Protocol):
+    """Hands over whole messages, and knows when no more will come."""
+
+    def __init__(self, hear: Callable[[bytes], None]) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.closed = asyncio.Event()
+        self._hear = hear
+        self._splitter = Splitter()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._splitter.push(data):
+            self._hear(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed.set()
 
 
 def _ending(code: int) -> str:

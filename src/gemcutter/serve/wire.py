@@ -1,4 +1,4 @@
-"""Messages between the API process and the engine process: msgpack over two one-way ZeroMQ pipes."""
+"""Messages between the API process and the engine process: msgpack over a pipe."""
 
 import msgspec
 
