@@ -1,7 +1,7 @@
 """ApiError: what a client is told when its request fails, as OpenAI's error object."""
 
 import msgspec
-from fastapi import Response
+from starlette.responses import Response
 
 
 class ApiError(Exception):

@@ -3,8 +3,7 @@
 import asyncio
 import hmac
 
-from fastapi import Request
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from gemcutter.serve.errors import ApiError, bad_request
 

@@ -4,7 +4,7 @@ import asyncio
 import traceback
 
 import msgspec
-from fastapi import Response
+from starlette.responses import Response
 
 from gemcutter.serve.answer import Answer, Part
 from gemcutter.serve.errors import ApiError, ClientGone

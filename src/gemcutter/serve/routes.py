@@ -3,9 +3,12 @@
 import time
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from gemcutter.serve import metrics
 from gemcutter.serve.errors import ApiError, bad_request
@@ -24,18 +27,15 @@ from gemcutter.serve.service import Service, new_id
 from gemcutter.serve.shapes import ChatShape, CompletionShape
 
 
-def build_app(service: Service) -> FastAPI:
+def build_app(service: Service) -> Starlette:
     """The ASGI application of one served model."""
     config = service.config
-    app = FastAPI(title="gemcutter", openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(KeyGate, api_key=config.api_key)
 
     async def read(request: Request, kind: type):
         ask = parse(await read_json(request, config.max_body_bytes), kind)
         service.check_model(ask.model)
         return ask
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         arrival = time.monotonic()
         ask = await read(request, CompletionRequest)
@@ -51,7 +51,6 @@ def build_app(service: Service) -> FastAPI:
         )
         return Reply(service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask))
 
-    @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         arrival = time.monotonic()
         ask = await read(request, ChatRequest)
@@ -69,7 +68,6 @@ def build_app(service: Service) -> FastAPI:
         shape = ChatShape(id, service.name, service.tokenizer, bool(ask.return_token_ids), bool(ask.logprobs))
         return Reply(service.answer(requests, params.n, arrival), shape, bool(ask.stream), _include_usage(ask))
 
-    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         ask = await read(request, TokenizeRequest)
         if (ask.prompt is None) == (ask.messages is None):
@@ -84,48 +82,50 @@ def build_app(service: Service) -> FastAPI:
             {"count": len(ids), "max_model_len": service.context_length, "tokens": ids, "token_strs": texts}
         )
 
-    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         ask = await read(request, DetokenizeRequest)
         return _json({"prompt": await service.decode(ask.tokens)})
 
-    @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         return _json({"object": "list", "data": [_card(service)]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        service.check_model(name)
+    async def model(request: Request) -> Response:
+        service.check_model(request.path_params["name"])
         return _json(_card(service))
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         return _json({"status": service.state}, 200 if service.state == "ok" else 503)
 
-    @app.get("/metrics")
-    async def prometheus() -> Response:
+    async def prometheus(request: Request) -> Response:
         service.metrics.stats = service.bridge.stats
         return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
-    @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
         return error.response()
 
-    @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
         what = {404: "no such route", 405: "method not allowed"}.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, f"{what}: {request.method} {request.url.path[:200]}").response()
 
-    @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=400)  # no one reads it
 
-    @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
         # uvicorn logs the traceback
         return ApiError(500, "internal error; the server's log has the details").response()
 
-    return app
+    routes = [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/metrics", prometheus),
+    ]
+    errors = {ApiError: refused, HTTPException: unrouted, ClientDisconnect: left, Exception: broken}
+    return Starlette(routes=routes, middleware=[Middleware(KeyGate, config.api_key)], exception_handlers=errors)
 
 
 def _include_usage(ask: CompletionRequest | ChatRequest) -> bool:

@@ -1,9 +1,10 @@
 """Service: what the routes share: the bridge, the text layer, the names, the door that closes at shutdown."""
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,8 +125,10 @@ class Service:
         self, prompt: str | list[int], params: SamplingParams, id: str, clip: bool = False
     ) -> list[Request]:
         """One request per choice; `clip` as in Intake. Raises ApiError (400)."""
-        if isinstance(prompt, str):
-            self.check_length(len(prompt))
+        if not isinstance(prompt, str):  # checking ids takes less time than reading them did
+            with _client_fault(None):
+                return self._intake.requests(prompt, params, id, clip)
+        self.check_length(len(prompt))
         return await _aside(lambda: self._intake.requests(prompt, params, id, clip), None)
 
     def answer(self, requests: list[Request], n: int, arrival: float) -> Answer:
@@ -146,8 +149,15 @@ def new_id(prefix: str) -> str:
 
 
 async def _aside(work: Callable[[], T], param: str | None) -> T:
-    """Run in a thread: a long prompt must not hold up the streams. A ValueError is the client's fault."""
-    try:
+    """Run in a thread: a long prompt must not hold up the streams."""
+    with _client_fault(param):
         return await asyncio.to_thread(work)
+
+
+@contextlib.contextmanager
+def _client_fault(param: str | None) -> Iterator[None]:
+    """A ValueError is the client's fault."""
+    try:
+        yield
     except ValueError as error:
         raise bad_request(str(error), param) from error
