@@ -113,12 +113,12 @@ class StepBuilder:
         host = torch.empty(shape.length, dtype=torch.int64, pin_memory=self._pin)
         flat = host.numpy()
         parts = shape.cut(flat, flat.view(np.int32))
-        parts.kv_len[:] = stop
+        parts.kv_len[:] = [max(length, 1) for length in stop] if unused else stop  # for StepBatch.last_tokens
         sequence_of = self._write_positions(parts, bucket, np.array(start), np.array(stop))
         self._write_tokens(parts, plan, bucket)
         rows = [i for i, c in enumerate(decodes) if c.samples]
         rows += [i for i, c in enumerate(prefills, bucket.decodes) if c.samples]
-        parts.logit_rows[: len(rows)] = parts.query_start[1:][rows] - 1
+        parts.logit_rows[: len(rows)] = rows
         parts.logit_rows[len(rows) :] = 0
         # Pages of every sequence and the slot of every token; the dump's for what fills up.
         ids = [c.sequence.id for c in decodes] + [None] * empty
