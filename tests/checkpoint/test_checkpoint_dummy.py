@@ -131,3 +131,18 @@ def test_load_to_a_gpu_equals_load_to_the_cpu(tmp_path):
             tensors(spec, load(spec, tmp_path, torch.device(name), dtype, "auto", 0)) for name in ("cuda", "cpu")
         )
         assert all(torch.equal(there[name].cpu(), here[name]) for name in here)
+
+
+@pytest.mark.gpu
+def test_dummy_26b_in_fp8_takes_a_gib_more_than_its_weights(tmp_path):
+    spec = read_spec(write(tmp_path, RELEASED["26b"] | {"quantization_config": quantization_config()}))
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weights = dummy_weights(spec, device, torch.bfloat16, seed=0)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert 26.0e9 < peak < 26.1e9 + 2**30
+    experts = weights.layers[29].experts
+    sample = experts.gate_up.q[127].float() * experts.gate_up.scale[127]
+    assert sample.std().item() == pytest.approx(0.02, rel=0.01)

@@ -536,3 +536,20 @@ before = status("VmRSS")
 weights = load(spec, folder, torch.device("cpu"), torch.bfloat16, "auto", 0)
 print(status("VmHWM") - before)
 """
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["channels", "blocks", "on load"])
+def test_load_to_a_gpu_equals_load_to_the_cpu(scheme, tmp_path):
+    if scheme == "on load":
+        tiny_models.make("moe", BF16).save_pretrained(tmp_path)
+        spec = quantize_on_load(read_spec(tmp_path), tmp_path)
+    else:
+        made.make(tmp_path, config=quantization_config(CHANNEL if scheme == "channels" else BLOCK))
+        spec = read_spec(tmp_path)
+    here, there = (load(spec, tmp_path, torch.device(name), BF16, "auto", 0) for name in ("cpu", "cuda"))
+    for layer, path, names in merged(spec):
+        one, other = at(here, layer, path), at(there, layer, path)
+        assert type(one) is type(other), names
+        for a, b in zip(one, other, strict=True) if isinstance(one, Quantized) else [(one, other)]:
+            assert torch.equal(a.float(), b.cpu().float()), names
