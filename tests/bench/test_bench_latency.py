@@ -249,6 +249,15 @@ def test_dummy_weights_and_chunks(capsys):
     assert parts[L]["launches"] == 3 * (3 * 6 + 1 + 1) + 5 * 6 and parts[H]["launches"] == 2
 
 
+def test_floors_of_what_is_quantised_on_load(capsys):
+    _, got, _ = bench(capsys, "carat-edge", "--device", "cpu", "--quantization", "fp8", "--input-len", "4",
+                      "--output-len", "2")  # fmt: skip
+    linears = next(row for row in got["decode"]["parts"] if row["part"] == L)
+    spec = read_spec(locate("carat-edge"))
+    plain = cost.step_work(spec, 1, 1, got["context"], 2, 2)[Part.LINEARS].bytes
+    assert 0.5 * plain < linears["bytes"] < 0.55 * plain
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [

@@ -41,17 +41,21 @@ def run(args: argparse.Namespace) -> int:
             "they would not run together"
         )
     with blame_user(args.parser):
-        spec = read_spec(locate(config.model_path, config.revision, config.reads_weights))
+        folder = locate(config.model_path, config.revision, config.reads_weights)
+        spec = read_spec(folder)
     import torch  # seconds, for which no --help should wait
 
     from gemcutter.bench import latency as bench
     from gemcutter.bench import latency_roofline as roofline
     from gemcutter.bench.latency_ceiling import measure_ceiling
+    from gemcutter.checkpoint.load import quantize_on_load
     from gemcutter.engine import Engine
     from gemcutter.run.device import resolve_device
 
     with blame_user(args.parser):
         device = resolve_device(config.device)
+        if config.quantization == "fp8":
+            spec = quantize_on_load(spec, folder)
     dtype_name = spec.dtype if config.dtype == "auto" else config.dtype
     dtype = getattr(torch, dtype_name)
     console = Console()
