@@ -1,9 +1,11 @@
 """quantize_checkpoint: the values are the op's, nothing else changes, HF reads the result, a broken run goes on."""
 
 import json
+import re
 import shutil
 
 import pytest
+import tiny_glm
 import tiny_models
 import torch
 from fp8_checkpoints import dequantized, unpacked
@@ -13,6 +15,7 @@ from transformers import (
     Gemma4Config,
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
+    Glm4MoeForCausalLM,
     conversion_mapping,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -134,6 +137,40 @@ def test_what_is_ignored_stays(sources, tmp_path):
     weights = load(spec, tmp_path / "fp8", CPU, BF16, "auto", 0)
     assert torch.equal(weights.layers[2].experts.gate_up, before["model.layers.2.experts.gate_up_proj"])
     assert torch.equal(weights.layers[0].experts.down[3], before["model.layers.0.experts.down_proj"][3])
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("kind", tiny_glm.KINDS)
+def test_glm(kind, tmp_path):
+    """HF reads its experts by a rule of its own. The layer that drafts stays, and the config leaves it out."""
+    tiny_glm.make(kind, BF16).save_pretrained(tmp_path / "bf16")
+    before = tensors(tmp_path / "bf16")
+    drafting = {f"model.layers.4.{name}": torch.full((8, 8), 0.5, dtype=BF16) for name in ("eh_proj.weight", "x")}
+    save_file(before | drafting, shards(tmp_path / "bf16")[0])
+    quantize_checkpoint(tmp_path / "bf16", tmp_path / "fp8", [], quiet)
+    after = tensors(tmp_path / "fp8")
+    fp8 = {name for name, tensor in after.items() if tensor.dtype == torch.float8_e4m3fn}
+    linear = re.compile(r".*layers\.[0-3]\..*_proj\.weight")
+    assert fp8 == {name for name in before if linear.fullmatch(name)}
+    assert set(after) == set(before) | set(drafting) | {f"{name}_scale" for name in fp8}
+    for name in fp8:
+        q, scale = quantize_fp8_reference(before[name])
+        assert torch.equal(after[name].float(), q.float()) and torch.equal(after[f"{name}_scale"], scale)
+    scheme = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    for name in drafting:
+        assert torch.equal(after[name], drafting[name]) and any(
+            re.match(pattern.removeprefix("re:"), name) for pattern in scheme["ignore"]
+        )
+    weights = load(read_spec(tmp_path / "fp8"), tmp_path / "fp8", CPU, BF16, "auto", 0)
+    assert isinstance(weights.layers[3].qkv, Quantized) and isinstance(weights.layers[3].experts.down, Quantized)
+    pytest.importorskip("compressed_tensors")
+    theirs = Glm4MoeForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=BF16, quantization_config=CompressedTensorsConfig(dequantize=True)
+    ).state_dict()
+    experts = theirs["model.layers.3.mlp.experts.down_proj"]
+    for id, expert in enumerate(experts):
+        name = f"model.layers.3.mlp.experts.{id}.down_proj.weight"
+        assert torch.equal(expert.float(), dequantized(after, name).to(BF16).float())
 
 
 MERGE_EXPERTS = [

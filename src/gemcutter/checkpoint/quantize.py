@@ -30,7 +30,10 @@ from gemcutter.checkpoint.stored import opened
 from gemcutter.ops.quantize_fp8 import Quantized
 
 # As published checkpoints have it: what is looked up, chooses experts, or belongs to other modalities.
-IGNORE = ("lm_head", "re:.*embed.*", "re:.*norm.*", "re:.*router.*", "re:.*vision_tower.*", "re:.*audio_tower.*")
+IGNORE = (
+    "lm_head", "re:.*embed.*", "re:.*norm.*", "re:.*router.*", r"re:.*mlp\.gate$", "re:.*vision_tower.*",
+    "re:.*audio_tower.*",
+)  # fmt: skip
 BEGUN = "quantize.json"  # what a run was begun with
 UNUSED = tuple(f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", INDEX, "*.bin.index.json")
@@ -53,7 +56,7 @@ def quantize_checkpoint(source: Path, out: Path, ignore: list[str], report: Call
     if read_quantization(source) is not None:
         raise CheckpointError(f"{source} is quantised already; give the checkpoint that it was made from")
     plan = read_plan(read_spec(source), source)
-    config = _quantization_config([*IGNORE, *ignore])
+    config = _quantization_config([*IGNORE, *_behind(plan), *ignore])
     quantization = parse_quantization(Fields({"quantization_config": config}, "--ignore"))
     chosen = _chosen(plan, quantization, ignore)
     partial = out.with_name(f"{out.name}.partial")
@@ -73,6 +76,14 @@ def quantize_checkpoint(source: Path, out: Path, ignore: list[str], report: Call
         report(done, total)
     _finish(source, partial, where, config)
     partial.rename(out)
+
+
+def _behind(plan: Plan) -> list[str]:
+    """Patterns for the layer behind the last one, if there is one: GLM's drafts tokens, and stays as it is."""
+    index = len(plan.spec.layers)
+    return [rf"re:.*layers\.{index}\."] * any(
+        name.startswith(f"{plan.prefix}layers.{index}.") for name in plan.found
+    )
 
 
 def _quantization_config(ignore: list[str]) -> dict:
