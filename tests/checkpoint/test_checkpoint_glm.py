@@ -59,7 +59,7 @@ def test_released_configs(config, tmp_path):
 
 
 def test_published_sizes(tmp_path):
-    """355 and 106 billion parameters, of which 32 and 12 work on a token."""
+    """Published are 355 and 106 billion, 32 and 12 active; the former with the layer that drafts."""
     for config, billions, active in ((GLM_4_7, 353, 32), (AIR, 107, 12)):
         spec = read_spec(folder_of(tmp_path, config))
         views = pieces(spec, empty_weights(spec, torch.device("meta"), torch.bfloat16), "model.").values()
