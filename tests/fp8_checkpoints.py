@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-import tiny_models
+import tiny_kinds
 import torch
 from safetensors.torch import save_file
 
@@ -51,12 +51,15 @@ def quantize(weight: torch.Tensor, arguments: dict, scale_dtype: torch.dtype) ->
     return (wide / spread).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # as HF holds them, of three dims
+
+
 def unpacked(state: dict, within: str = "experts.") -> dict:
     """Experts apart: three linears each."""
     out = {}
     for name, tensor in state.items():
-        layer, found, kind = name.rpartition("experts.")
-        if not found:
+        layer, _, kind = name.rpartition("experts.")
+        if not name.endswith(EXPERTS):
             out[name] = tensor
             continue
         for id, weight in enumerate(tensor):
@@ -73,7 +76,7 @@ def make(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Write a checkpoint, and give its tensors. `within` is where experts lie; None leaves them together."""
     config = config or quantization_config()
-    made = tiny_models.make(kind, torch.bfloat16, **model)
+    made = tiny_kinds.make(kind, torch.bfloat16, **model)
     made.config.dtype = "bfloat16"
     made.config.save_pretrained(folder)
     state = {name.replace("model.", prefix, 1): tensor for name, tensor in made.state_dict().items()}

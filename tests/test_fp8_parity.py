@@ -7,7 +7,7 @@ and so on from layer to layer: where HF's two likeliest tokens are as near as th
 
 import fp8_checkpoints as made
 import pytest
-import tiny_models
+import tiny_kinds
 import torch
 from drive import finish, request
 from torch.overrides import TorchFunctionMode
@@ -38,15 +38,17 @@ class W8A8(TorchFunctionMode):
         x, weight = args[0].float(), self.exact[args[1].data_ptr()]
         scale = (x.abs().amax(-1, keepdim=True).clamp(min=1e-10).double() / 448).float()
         q = (x.double() / scale.double()).float().clamp(-448, 448).to(torch.float8_e4m3fn)
-        return ((q.double() * scale.double()) @ weight.T).to(args[0].dtype)
+        out = (q.double() * scale.double()) @ weight.T
+        bias = args[2] if len(args) > 2 else None
+        return (out if bias is None else out + bias.double()).to(args[0].dtype)
 
 
 def hf_model(kind: str, state: dict, dtype: torch.dtype):
     """HF's model with the dequantised weights, and the mode that it is to run in."""
-    model = tiny_models.make(kind, dtype)
+    model = tiny_kinds.make(kind, dtype)
     mode = W8A8()
     for name, parameter in model.named_parameters():
-        if "experts." in name:
+        if name.endswith(made.EXPERTS):
             begin, _, kind_of = name.rpartition(".")
             for id in range(len(parameter)):
                 parts = ("gate", "up") if kind_of == "gate_up_proj" else ("down",)
@@ -69,6 +71,7 @@ def double(state: dict, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind, dtype", [
     ("dense_k_eq_v", "float32"), ("ple_double_wide", "float32"), ("ple_shared", "bfloat16"), ("moe", "bfloat16"),
+    ("glm", "bfloat16"), ("glm_air", "bfloat16"),
 ])  # fmt: skip
 def test_greedy_tokens_are_hfs(kind, dtype, tmp_path):
     state = made.make(tmp_path, kind)
@@ -89,7 +92,7 @@ def test_greedy_tokens_are_hfs(kind, dtype, tmp_path):
 def test_greedy_tokens_are_those_of_compressed_tensors(kind, tmp_path):
     """HF's model as its own quantiser runs what we wrote, in float32, where it takes scales as they are."""
     pytest.importorskip("compressed_tensors")
-    tiny_models.make(kind, torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tiny_kinds.make(kind, torch.bfloat16).save_pretrained(tmp_path / "bf16")
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "fp8", [], lambda done, total: None)
     model = Gemma4ForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32, attn_implementation="eager")
     same(draw(tmp_path / "fp8", "float32", model.config.vocab_size), lambda ids: model(ids, use_cache=False).logits)
