@@ -25,15 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.activation import Activation, activate
+from gemcutter.ops.experts_stream_rows import place_one_quantized, place_quantized_rows, place_rows
 from gemcutter.ops.linear_fp8 import dtype_of
 from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
-from gemcutter.ops.quantize_fp8 import Quantized, magnitudes, pair_of, quantized_bits, scale_of
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 
 MOST_STREAMED = 16  # tokens; with 32, whose rows of x fill shared memory, 424 µs against 317 for Triton's tiles
 COLS, UP_STAGES = 32, 4  # stages of 256 bytes of K, 72 KiB: three programs an SM
 ROWS = 64
 activate_gate = gluon.jit(activate.fn)
-sizes_of, e4m3_of, scale_of_peak = (gluon.jit(each.fn) for each in (magnitudes, quantized_bits, scale_of))
 
 
 @gluon.jit
@@ -152,11 +152,11 @@ def _up_stream_kernel(
 def _down_stream_kernel(
     weight_desc, weight_scale_ptr, x_ptr, ids_ptr, out_ptr, tokens,
     TOP_K: gl.constexpr, K_BLOCK: gl.constexpr, N: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
-    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, ALONE: gl.constexpr,
 ):  # fmt: skip
     """Program (slot, tile): out[slots] = x[slots] @ weight[expert].T, ROWS of its N columns; weight [E, N, K].
 
-    Before weights of FP8, which have scales, x is quantised here, since its rows, as wide as an expert, are short.
+    Before weights of FP8, which have scales, x is quantised here. ALONE: there is one token.
     """
     gdc_launch_dependents()
     tiles: gl.constexpr = (N + ROWS - 1) // ROWS
@@ -187,27 +187,13 @@ def _down_stream_kernel(
         if weight_scale_ptr is not None:
             channel = first_col + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             weight_scale = gl.load(weight_scale_ptr + expert * N + channel, mask=channel < N, other=0.0)
-        across: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [gl.num_warps(), 1], [1, 0])
-        source = gl.convert_layout(slots, gl.SliceLayout(1, across))[:, None]
-        k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, across))[None, :]
-        x_at = x_ptr + source.to(gl.int64) * K + k
         gdc_wait()
-        x = ()
-        for step in gl.static_range(STEPS):
-            begin = step * BLOCK_K
-            x += (gl.load(x_at + begin, mask=(source >= 0) & (k < K - begin), other=0.0),)
-        if weight_scale_ptr is not None:
-            largest = sizes_of(x[0].to(gl.float32))
-            for step in gl.static_range(1, STEPS):
-                largest = gl.maximum(largest, sizes_of(x[step].to(gl.float32)))
-            peak = gl.max(largest, 1)
-            for step in gl.static_range(STEPS):
-                q = e4m3_of(x[step].to(gl.float32), peak[:, None], SHORT=x_ptr.dtype.element_ty != gl.float32)
-                x_tiles.index(step).store(q.to(dtype, bitcast=True))
-            x_scale = gl.convert_layout(scale_of_peak(peak), gl.SliceLayout(0, layout))
+        if weight_scale_ptr is None:
+            place_rows(x_ptr, slots, x_tiles, K)
+        elif ALONE:
+            x_scale = place_one_quantized(x_ptr, gl.max(slots, 0), x_tiles, K)
         else:
-            for step in gl.static_range(STEPS):
-                x_tiles.index(step).store(x[step])
+            x_scale = gl.convert_layout(place_quantized_rows(x_ptr, slots, x_tiles, K), gl.SliceLayout(0, layout))
         fence_async_shared()
 
         acc = gl.zeros([ROWS, BLOCK_T], gl.float32, layout)
@@ -224,7 +210,7 @@ def _down_stream_kernel(
                 load_tile(weight_desc, [row, coming * BLOCK_K], ready.index(free), w_stages.index(free), pred=more)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if weight_scale_ptr is not None:
-            acc = acc * x_scale[None, :] * weight_scale[:, None]
+            acc = acc * (x_scale if ALONE else x_scale[None, :]) * weight_scale[:, None]
         col = first_col + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         target = gl.convert_layout(slots, gl.SliceLayout(0, layout))
         at = out_ptr + target[None, :].to(gl.int64) * N + col[:, None]
@@ -274,7 +260,7 @@ def stream_experts(
     )  # fmt: skip
     _down_stream_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
         descriptor(down.flatten(0, 1), [ROWS, down_k]), down_scale, activated, ids, slots, tokens,
-        N=hidden, K=width, ROWS=ROWS, BLOCK_K=down_k, STAGES=down_stages, **shape, **options,
+        N=hidden, K=width, ROWS=ROWS, BLOCK_K=down_k, STAGES=down_stages, ALONE=tokens == 1, **shape, **options,
     )  # fmt: skip
     return slots
 
