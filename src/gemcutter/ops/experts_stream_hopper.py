@@ -249,7 +249,7 @@ def stream_experts(
     activated = torch.empty(num_slots, width, dtype=dtype, device=x.device)
     slots = torch.empty(num_slots, hidden, dtype=dtype, device=x.device)
     block_t = 8 if tokens <= 8 else 16
-    up_k, down_k, down_stages = stream_tile(x.dtype, block_t)
+    up_k, down_k, down_stages = stream_tile(x.dtype, tokens)
     shape = dict(TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK_T=block_t)
     options = dict(num_warps=4, launch_pdl=True, enable_fp_fusion=False)
     _up_stream_kernel[(num_slots * triton.cdiv(width, COLS),)](
@@ -265,8 +265,11 @@ def stream_experts(
     return slots
 
 
-def stream_tile(dtype: torch.dtype, block_t: int) -> tuple[int, int, int]:
-    """K a stage of up and of down, and down's stages: of 704 columns 11 steps in halves, in FP8 5 and a half."""
+def stream_tile(dtype: torch.dtype, tokens: int) -> tuple[int, int, int]:
+    """K a stage of up and of down, and down's stages: of 704 columns 11 steps in halves, in FP8 5 and a half.
+
+    With 4 stages for 6 all programs of `down` for one token find room beside those of `up`: 12.1 µs for 12.9.
+    """
     if dtype == torch.float8_e4m3fn:
-        return 256, 128, 6
-    return 128, 64, 7 if block_t == 8 else 5
+        return 256, 128, 4 if tokens == 1 else 6
+    return 128, 64, 7 if tokens <= 8 else 5
