@@ -8,7 +8,12 @@ from gemcutter.ops.gate_up import gate_up, gate_up_fp8_launch, gate_up_fp8_refer
 from gemcutter.ops.gate_up_fp8_hopper import gate_up_fp8_tile, streams_gate_up_fp8
 from gemcutter.ops.geglu import geglu
 from gemcutter.ops.linear import linear
-from gemcutter.ops.linear_fp8 import MOST_STREAMED, linear_fp8_launch, linear_fp8_reference
+from gemcutter.ops.linear_fp8 import (
+    MOST_STREAMED,
+    library_product,
+    linear_fp8_launch,
+    linear_fp8_reference,
+)
 from gemcutter.ops.linear_fp8_hopper import row_stages, streams_row
 from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, quantize_fp8_reference
 from gemcutter.verify.compare import count_differing
@@ -185,6 +190,25 @@ def check_interpreted() -> None:
         for added in (None, bias.bfloat16()):
             want, got = (run(*pair, *weight, added) for run in (linear_fp8_reference, linear_fp8_launch))
             torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)  # the sum's order may turn a last bit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 129, 144, 300])
+def test_library_gets_rows_that_it_takes(rows, dtype, monkeypatch):
+    """On a CPU, with what cuBLASLt does said in other words: whole tiles of 16 rows or a refusal."""
+
+    def refusing(q, weight, scale, weight_scale, out_dtype, use_fast_accum):
+        assert len(q) == -(-rows // 16) * 16 and scale.shape == (len(q), 1) and use_fast_accum
+        assert weight_scale.shape == (1, weight.shape[1]) and out_dtype in (torch.bfloat16, torch.float32)
+        assert not q[rows:].float().any() and not scale[rows:].any()
+        return (q.float() @ weight.float() * weight_scale * scale).to(out_dtype)
+
+    x, weight = case(rows, 48, 96, dtype)
+    pair, want = quantize_fp8(x), linear(x, weight)
+    monkeypatch.setattr(torch, "_scaled_mm", refusing)
+    found = library_product(*pair, *weight, dtype)
+    assert found.dtype == dtype and found.shape == (rows, 48) and found.is_contiguous()
+    torch.testing.assert_close(found, want, rtol=2**-7 if dtype != torch.float32 else 1e-4, atol=1e-5)
 
 
 def hopper() -> bool:

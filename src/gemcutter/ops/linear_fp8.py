@@ -7,6 +7,7 @@ Source: compressed-tensors' W8A8 scheme, channel weights and dynamic tokens.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -26,6 +27,7 @@ from gemcutter.ops.row_blocks import linear_in_blocks
 from gemcutter.ops.tanh import INTERPRETED
 
 MOST_STREAMED = 128  # rows; beyond, PyTorch's product is as fast or faster
+FULL_ROWS = 16  # of which PyTorch's product takes multiples
 
 
 def linear_fp8(x: torch.Tensor | Quantized, weight: Quantized, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,9 +63,10 @@ def _chain(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[T, N] float32, each the sum that tensor cores make. (With one scale for all, cuBLASLt may split K.)"""
     one = torch.ones(max(len(q), len(weight)), 1, device=q.device)
     out = torch.empty(len(q), len(weight), device=q.device)
-    if whole_tiles(weight):
-        return _scaled_mm(q, one[: len(q)], weight, one[: len(weight)], torch.float32)
-    _launch_plain(q, one, weight, one, None, out)
+    if len(q) and whole_tiles(weight):
+        return library_product(q, one[: len(q)], weight, one[: len(weight)], torch.float32)
+    if len(q):
+        _launch_plain(q, one, weight, one, None, out)
     return out
 
 
@@ -105,7 +108,7 @@ def linear_fp8_launch(x, scale, weight, weight_scale, bias) -> torch.Tensor:
     if streams_row(x, weight):
         stream_row(x, scale, weight, weight_scale, bias, out)
     elif len(x) > MOST_STREAMED and bias is None and whole_tiles(weight):
-        return _scaled_mm(x, scale, weight, weight_scale, out.dtype)
+        return library_product(x, scale, weight, weight_scale, out.dtype)
     elif len(x) and loads_by_tma(x, weight):
         stream(x, weight, out, bias, scale, weight_scale)
     elif len(x):
@@ -113,10 +116,16 @@ def linear_fp8_launch(x, scale, weight, weight_scale, bias) -> torch.Tensor:
     return out
 
 
-def _scaled_mm(q, scale, weight, weight_scale, dtype: torch.dtype) -> torch.Tensor:
-    """Of the dtypes that it returns; the last product is then rounded as everywhere."""
-    given = dtype if dtype == torch.bfloat16 else torch.float32
-    return torch._scaled_mm(q, weight.t(), scale, weight_scale.t(), out_dtype=given, use_fast_accum=True).to(dtype)
+def library_product(q, scale, weight, weight_scale, dtype: torch.dtype) -> torch.Tensor:
+    """Into bfloat16 or float32, the dtypes that it has, then `dtype`. With other rows than a multiple of 16
+    cuBLASLt refuses (seen: 129 rows), so zeros come behind them; a row's bits are its own.
+    """
+    rows, given = len(q), dtype if dtype == torch.bfloat16 else torch.float32
+    if more := -rows % FULL_ROWS:
+        q = F.pad(q.view(torch.uint8), (0, 0, 0, more)).view(q.dtype)
+        scale = F.pad(scale, (0, 0, 0, more))
+    out = torch._scaled_mm(q, weight.t(), scale, weight_scale.t(), out_dtype=given, use_fast_accum=True)
+    return out[:rows].to(dtype)
 
 
 def whole_tiles(weight: torch.Tensor) -> bool:
