@@ -185,3 +185,28 @@ def test_two_configs_at_once():
 )
 def test_shapes_of_scales(scheme, shapes):
     assert scheme.scale_shapes(300, 200) == shapes
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 200), st.floats(), st.sampled_from(["", "re:[", "token"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from("ab"), inner, max_size=2)),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), value=JSON)
+def test_any_damage_is_an_error_of_the_checkpoint(data, value):
+    """Any value of the config replaced by any other: refused by name, or taken for what it says."""
+    config = quantization_config(CHANNEL, data.draw(st.sampled_from([TOKEN, STATIC])))
+    inner = config = copy.deepcopy(config)
+    while True:
+        key = data.draw(st.sampled_from(sorted(inner)))
+        if not isinstance(inner[key], dict) or not inner[key] or data.draw(st.booleans()):
+            break
+        inner = inner[key]
+    inner[key] = value
+    try:
+        parse(config)
+    except CheckpointError as error:
+        assert "config.json" in str(error)
