@@ -1,15 +1,16 @@
 """FP8 checkpoints in the engine against HF: greedy tokens of HF's eager model on the dequantised weights.
 
 HF's linears round their input as W8A8 does, for each token, and multiply by the exact products of the stored values
-and scales, in float64. The last bit of a sum may decide which of two values of e4m3, 6 % apart, an input becomes,
-and so on from layer to layer: where HF's two likeliest tokens are as near as that moves them, either may come.
+and scales, in float64. In float32 both sides have the same log-probabilities within 1e-4 or so, until the last bit
+of a sum decides which of two values of e4m3, 6 % apart, an input becomes: from there on that sequence differs by what
+FP8 is off anyway, and HF's likeliest tokens may change places where they are near. In bfloat16 that is so at once.
 """
 
 import fp8_checkpoints as made
 import pytest
 import tiny_kinds
 import torch
-from drive import finish, request
+from drive import Outcome, finish, request
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma4ForCausalLM
 
@@ -19,8 +20,8 @@ from gemcutter.checkpoint.quantize import quantize_checkpoint
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
 
-NEW = 16
-CLOSE = 0.5  # of logits whose standard deviation is about 2.5
+NEW = 8
+LENGTHS = (1, 2, 3, 5, 9, 17, 30)
 
 
 class W8A8(TorchFunctionMode):
@@ -76,16 +77,12 @@ def double(state: dict, name: str) -> torch.Tensor:
 def test_greedy_tokens_are_hfs(kind, dtype, tmp_path):
     state = made.make(tmp_path, kind)
     model, mode = hf_model(kind, state, getattr(torch, dtype))
-
-    def rounded(ids):
-        with mode:
-            return model(ids, use_cache=False).logits
-
     drawn = draw(tmp_path, dtype, model.config.vocab_size)
-    assert same(drawn, rounded) > same(drawn, lambda ids: model(ids).logits, close=torch.inf), (
-        "no rounding was seen"
-    )
+    with mode:
+        rounded = compare(drawn, model)
+    check(*rounded, exact=dtype == "float32")
     assert mode.calls > 3 * len(model.model.layers)
+    assert compare(drawn, model)[0].median() > 2 * rounded[0].median(), "no rounding was seen"
 
 
 @pytest.mark.parametrize("kind", ["dense_k_eq_v", "ple_shared"])
@@ -95,31 +92,43 @@ def test_greedy_tokens_are_those_of_compressed_tensors(kind, tmp_path):
     tiny_kinds.make(kind, torch.bfloat16).save_pretrained(tmp_path / "bf16")
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "fp8", [], lambda done, total: None)
     model = Gemma4ForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32, attn_implementation="eager")
-    same(draw(tmp_path / "fp8", "float32", model.config.vocab_size), lambda ids: model(ids, use_cache=False).logits)
+    check(*compare(draw(tmp_path / "fp8", "float32", model.config.vocab_size), model), exact=True)
 
 
-def draw(folder, dtype: str, vocab: int) -> list[tuple[list[int], list[int]]]:
+def draw(folder, dtype: str, vocab: int) -> list[tuple[list[int], Outcome]]:
     """Prompts, and what the engine draws."""
     generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (1, 9, 30)]
+    prompts = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
     options = {"device": "cpu", "dtype": dtype, "page_size": 8, "max_total_tokens": 512, "max_running_requests": 4}
     engine = Engine.start(EngineConfig(model_path=str(folder), **options))
-    outcomes = finish(engine, [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
-    return [(prompt, outcome.token_ids) for prompt, outcome in zip(prompts, outcomes, strict=True)]
+    outcomes = finish(engine, [request(str(i), p, max_tokens=NEW, logprobs=5) for i, p in enumerate(prompts)])
+    return list(zip(prompts, outcomes, strict=True))
 
 
-def same(drawn, logits, close: float = CLOSE) -> int:
-    """How many tokens are the likeliest; all are close to it, and nearly all are it."""
-    count = 0
-    for prompt, token_ids in drawn:
-        assert len(token_ids) == NEW
+def compare(drawn: list[tuple[list[int], Outcome]], model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each drawn token: how far our log-probabilities are off HF's, and how far its is below HF's likeliest."""
+    off, less = [], []
+    for prompt, outcome in drawn:
+        assert len(outcome.token_ids) == NEW
         with torch.no_grad():
-            rows = logits(torch.tensor([prompt + token_ids]))[0, len(prompt) - 1 : -1].float()
-        tokens = torch.tensor(token_ids)
-        assert (rows.amax(1) - rows.gather(1, tokens[:, None])[:, 0] < close).all()
-        count += (rows.argmax(1) == tokens).sum().item()
-    assert close == torch.inf or count >= 44, f"{count} of {3 * NEW}"
-    return count
+            logits = model(torch.tensor([prompt + outcome.token_ids]), use_cache=False).logits
+        for theirs, ours, token in zip(
+            torch.log_softmax(logits[0, len(prompt) - 1 : -1].float(), -1),
+            outcome.logprobs,
+            outcome.token_ids,
+            strict=True,
+        ):
+            off.append(max(abs(value - theirs[id].item()) for id, value in ours.items()))
+            less.append((theirs.max() - theirs[token]).item())
+    return torch.tensor(off), torch.tensor(less)
+
+
+def check(off: torch.Tensor, less: torch.Tensor, exact: bool) -> None:
+    """A token drawn at random would be 5 less likely or more."""
+    same = off < 1e-3
+    assert (less[same] == 0).all() and (less < 1.5).all(), less
+    assert same.float().mean() > 0.6 or not exact, off
+    assert (less == 0).float().mean() > 0.85, less
 
 
 @pytest.fixture(scope="module")
