@@ -1,9 +1,10 @@
 """FP8 checkpoints in the engine against HF: greedy tokens of HF's eager model on the dequantised weights.
 
-HF's linears round their input as W8A8 does, for each token, and multiply by the exact products of the stored values
-and scales, in float64. In float32 both sides have the same log-probabilities within 1e-4 or so, until the last bit
-of a sum decides which of two values of e4m3, 6 % apart, an input becomes: from there on that sequence differs by what
-FP8 is off anyway, and HF's likeliest tokens may change places where they are near. In bfloat16 that is so at once.
+HF's linears round their input as W8A8 does, for each token, and multiply by the exact products of the stored
+values and scales, in float64. In float32 both sides have the same log-probabilities within 1e-4 or so, until
+the last bit of a sum decides which of two values of e4m3, 6 % apart, an input becomes: from there on that
+sequence differs by what FP8 is off anyway, and HF's likeliest tokens may change places where they are near. In
+bfloat16 that is so at once.
 """
 
 import fp8_checkpoints as made
