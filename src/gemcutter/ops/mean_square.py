@@ -63,7 +63,7 @@ def mean_squares_of_rows(xs, ys, H: tl.constexpr):
     """Scalars of two rows, which wait for each other's threads together."""
     x_sums, y_sums = _sums(xs), _sums(ys)
     peaks = tl.max(tl.join(_peak(x_sums), _peak(y_sums)), 1)
-    x_peak, y_peak = tl.split(tl.reshape(peaks, [2]))
+    x_peak, y_peak = _two_scalars(peaks)
     x_total, y_total = _sums_of_int64(_total(x_sums, x_peak), _total(y_sums, y_peak))
     return _mean(x_peak, x_total, H), _mean(y_peak, y_total, H)
 
@@ -115,7 +115,7 @@ def _sum_of_int64(x):
     if x.shape[1] > 256:
         return tl.sum(x)
     halves = tl.sum(tl.join(_low(x), _high(x)), 1)
-    low, high = tl.split(tl.reshape(halves, [2]))
+    low, high = _two_scalars(halves)
     return _whole(low, high)
 
 
@@ -123,14 +123,20 @@ def _sum_of_int64(x):
 def _sums_of_int64(x, y):
     """Of both at once."""
     if x.shape[1] > 256:
-        of_x, of_y = tl.split(tl.reshape(tl.sum(tl.join(x, y), 1), [2]))
-        return of_x, of_y
+        return _two_scalars(tl.sum(tl.join(x, y), 1))
     lows = tl.join(_low(x), _low(y))
     highs = tl.join(_high(x), _high(y))
-    lows, highs = tl.split(tl.reshape(tl.sum(tl.join(lows, highs), 1), [2, 2]))
-    x_low, y_low = tl.split(lows)
-    x_high, y_high = tl.split(highs)
+    lows, highs = tl.split(tl.sum(tl.join(lows, highs), 1))
+    x_low, y_low = _two_scalars(lows)
+    x_high, y_high = _two_scalars(highs)
     return _whole(x_low, x_high), _whole(y_low, y_high)
+
+
+@triton.jit
+def _two_scalars(pair):
+    """[1, 2] -> its elements. The maximum of one costs nothing, and is a scalar in Gluon too."""
+    first, second = tl.split(pair)
+    return tl.max(first, 0), tl.max(second, 0)
 
 
 @triton.jit
