@@ -34,12 +34,11 @@ def slot_sum_reference(slots: torch.Tensor, ids: torch.Tensor, weights: torch.Te
 
 
 @triton.jit
-def slot_sum(
-    slots_ptr, ids_ptr, weights_ptr, row,
-    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, TOP_K: tl.constexpr, TOGETHER: tl.constexpr,
-):  # fmt: skip
-    """A row's sum, as a row in registers. TOGETHER slots are loaded before the first of them is added."""
-    # Keys of id and slot, by insertion: every thread sorts all of them, so no thread waits for another.
+def slots_in_order(ids_ptr, weights_ptr, row, TOP_K: tl.constexpr):
+    """Where a row's slots stand, in ascending id, and their weights.
+
+    Keys of id and slot, by insertion: every thread sorts all of them, so no thread waits for another.
+    """
     UNIT: tl.constexpr = triton.next_power_of_2(TOP_K)
     order = ()
     for i in tl.static_range(TOP_K):
@@ -49,20 +48,37 @@ def slot_sum(
             longer += (tl.minimum(order[j], key),)
             key = tl.maximum(order[j], key)
         order = longer + (key,)
-    dtype = slots_ptr.dtype.element_ty
+    places, weights = (), ()
+    for i in tl.static_range(TOP_K):
+        places += (row * TOP_K + (order[i] & (UNIT - 1)),)
+        weights += (tl.load(weights_ptr + places[i]),)
+    return places, weights
+
+
+@triton.jit
+def with_slot(total, slot, weight):
+    """A row's sum so far, and one slot's part in it."""
+    sums = ()
+    for part in tl.static_range(len(slot)):
+        y = (slot[part].to(tl.float32) * weight).to(slot[part].dtype)
+        sums += ((total[part].to(tl.float32) + y.to(tl.float32)).to(y.dtype),)
+    return sums
+
+
+@triton.jit
+def slot_sum(
+    slots_ptr, ids_ptr, weights_ptr, row,
+    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, TOP_K: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """A row's sum, as a row in registers. TOGETHER slots are loaded before the first of them is added."""
+    places, weights = slots_in_order(ids_ptr, weights_ptr, row, TOP_K)
     total = ()
     for _ in tl.static_range(PARTS):
-        total += (tl.zeros([1, PART], dtype),)
+        total += (tl.zeros([1, PART], slots_ptr.dtype.element_ty),)
     for begin in tl.static_range(0, TOP_K, TOGETHER):
-        slots, weights = (), ()
+        slots = ()
         for i in tl.static_range(begin, min(begin + TOGETHER, TOP_K)):
-            at = row * TOP_K + (order[i] & (UNIT - 1))
-            slots += (load_row(slots_ptr + at * H, None, H, PARTS, PART),)
-            weights += (tl.load(weights_ptr + at),)
+            slots += (load_row(slots_ptr + places[i] * H, None, H, PARTS, PART),)
         for i in tl.static_range(len(slots)):
-            sums = ()
-            for part in tl.static_range(PARTS):
-                y = (slots[i][part].to(tl.float32) * weights[i]).to(dtype)
-                sums += ((total[part].to(tl.float32) + y.to(tl.float32)).to(dtype),)
-            total = sums
+            total = with_slot(total, slots[i], weights[begin + i])
     return total
