@@ -13,6 +13,7 @@ from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.model.models import Model
 from gemcutter.ops.embed import embed
+from gemcutter.ops.linear import linear
 from gemcutter.ops.logits import logits
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.t5_norm import t5_norm
@@ -84,12 +85,19 @@ def step_batch(token_ids: torch.Tensor, chunks: list[tuple[int, int]], tables: d
 def logits_of_all(model: Model, batch: StepBatch, pool: KVPool) -> torch.Tensor:
     """[T, V], of every token: each goes through every layer."""
     spec, w = model.spec, model.weights
-    gemma = spec.family is Family.GEMMA4
-    hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5 if gemma else 1.0)
+    if spec.family is not Family.GEMMA4:
+        hidden = embed(batch.token_ids, w.embed, 1.0)
+        normed = t5_norm(hidden, w.layers[0].input_norm, spec.eps)
+        readers = [*((after.input_norm, after.qkv) for after in w.layers[1:]), (w.norm, w.head)]
+        for layer, layer_weights, reader in zip(spec.layers, w.layers, readers, strict=True):
+            hidden, normed = model.decoder_layer(layer, layer_weights, *reader, hidden, normed, batch, pool)
+        return logits(normed, w.head, spec.softcap)
+    hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
     per_layer = model._per_layer_inputs(batch, hidden) if spec.ple_width else None
-    normed = (rms_norm if gemma else t5_norm)(hidden, w.layers[0].input_norm, spec.eps)
-    readers = [*((after.input_norm, after.qkv) for after in w.layers[1:]), (w.norm, w.head)]
-    for layer, layer_weights, reader in zip(spec.layers, w.layers, readers, strict=True):
-        own = [per_layer[:, layer.index] if per_layer is not None else None] if gemma else []
-        hidden, normed = model.decoder_layer(layer, layer_weights, *reader, hidden, normed, *own, batch, pool)
-    return logits(normed, w.head, spec.softcap)
+    projected = linear(rms_norm(hidden, w.layers[0].input_norm, spec.eps), w.layers[0].qkv)
+    for layer, layer_weights, following in zip(spec.layers, w.layers, [*w.layers[1:], None], strict=True):
+        own = per_layer[:, layer.index] if per_layer is not None else None
+        hidden, projected = model.decoder_layer(
+            layer, layer_weights, following, hidden, projected, own, batch, pool
+        )
+    return logits(projected, w.head, spec.softcap)

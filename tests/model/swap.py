@@ -10,15 +10,14 @@ import torch
 # Every op of the forward pass but the matrix products (attention and experts): where its reference stands.
 REFERENCES = {
     "add_norm": "add_norm.add_norm_reference",
-    "attention_seam": "attention_seam.attention_seam_reference",
     "embed": "embed.embed_reference",
-    "gate_up": "gate_up.gate_up_reference",
-    "gelu_mul": "geglu.gelu_mul_reference",
     "layer_seam": "layer_seam.layer_seam_reference",
     "per_layer_inputs": "per_layer_inputs.per_layer_inputs_reference",
     "qkv_rope_store": "qkv_rope_store.qkv_rope_store_reference",
     "rms_norm": "rms_norm.rms_norm_reference",
     "rope_store": "rope_store.rope_store_reference",
+    "seam_gate_up": "seam_gate_up.seam_gate_up_reference",
+    "seam_linear": "seam_linear.seam_linear_reference",
     "select_experts": "select_experts.select_experts_reference",
     "sigmoid_topk": "sigmoid_topk.sigmoid_topk_reference",
     "softcap_": "logits.softcap_reference_",

@@ -16,6 +16,7 @@ from forward import CUTS, PAGE, build, step_batch
 from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
 from gemcutter.model import gemma4, plain
+from gemcutter.ops.linear import linear
 from gemcutter.ops.rms_norm import rms_norm
 
 CHUNKS = [(0, 1100), (1100, 1400), (1400, 1401)]
@@ -70,10 +71,8 @@ def test_layers_stay_close_to_plain(name, tmp_path, monkeypatch):
             own = per_layer[start:stop, layer.index] if per_layer is not None else None
             batch = step_batch(ids[start:stop], [(start, stop)], tables)
             hidden = stream[layer.index][start:stop]
-            normed = rms_norm(hidden, w.input_norm, spec.eps)
-            parts.append(
-                model.decoder_layer(layer, w, weights.norm, weights.head, hidden, normed, own, batch, pool)[0]
-            )
+            projected = linear(rms_norm(hidden, w.input_norm, spec.eps), w.qkv)
+            parts.append(model.decoder_layer(layer, w, None, hidden, projected, own, batch, pool)[0])
         ours, theirs = torch.cat(parts).float(), stream[layer.index + 1].float()
         if routed:
             same = same_experts(routed, routed_plainly[layer.index : layer.index + 1])

@@ -9,21 +9,19 @@ from torch import Tensor
 
 from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
-from gemcutter.model.weights import LayerWeights, Linear, Weights
+from gemcutter.model.weights import LayerWeights, Weights
 from gemcutter.ops.attend import attend
-from gemcutter.ops.attention_seam import attention_seam
 from gemcutter.ops.embed import embed
 from gemcutter.ops.experts import experts
-from gemcutter.ops.gate_up import gate_up
-from gemcutter.ops.geglu import gelu_mul
 from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.linear import linear
 from gemcutter.ops.logits import logits
 from gemcutter.ops.per_layer_inputs import per_layer_inputs
 from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
-from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rope import rope_table
+from gemcutter.ops.seam_gate_up import seam_gate_up
+from gemcutter.ops.seam_linear import seam_linear
 from gemcutter.ops.select_experts import select_experts
 from gemcutter.spec import LayerSpec, ModelSpec
 
@@ -43,54 +41,49 @@ class Gemma4:
         spec, w, last_owner = self.spec, self.weights, self.spec.last_kv_owner
         hidden = embed(batch.token_ids, w.embed, spec.hidden**0.5)
         per_layer = self._per_layer_inputs(batch, hidden) if w.per_layer is not None else None
-        normed = rms_norm(hidden, w.layers[0].input_norm, spec.eps)
-        next_norms = [*(following.input_norm for following in w.layers[1:]), w.norm]
-        next_readers = [*(following.qkv for following in w.layers[1:]), w.head]
-        for layer, layer_weights, *following in zip(spec.layers, w.layers, next_norms, next_readers, strict=True):
+        projected = linear(rms_norm(hidden, w.layers[0].input_norm, spec.eps), w.layers[0].qkv)
+        for layer, layer_weights, following in zip(spec.layers, w.layers, [*w.layers[1:], None], strict=True):
             if layer.index == last_owner and batch.has_prompts:
                 # The last K/V. What else this layer and those behind it make is read of each sequence's last token
                 # alone (E4B's take 51 of 118 ms for a prompt of 8192), or not at all in the middle of a prompt.
-                self._project(layer, layer_weights, normed, batch, pool)
+                self._store(layer, layer_weights, projected, batch, pool)
                 if not len(batch.logit_rows):
                     return hidden.new_empty(0, spec.vocab)
                 rows, batch = batch.last_tokens()
-                hidden = hidden.index_select(0, rows)
-                normed = rms_norm(hidden, layer_weights.input_norm, spec.eps)
+                hidden, projected = hidden.index_select(0, rows), projected.index_select(0, rows)
                 per_layer = per_layer.index_select(0, rows) if per_layer is not None else None
             own_input = per_layer[:, layer.index] if per_layer is not None else None
-            hidden, normed = self.decoder_layer(
-                layer, layer_weights, *following, hidden, normed, own_input, batch, pool
+            hidden, projected = self.decoder_layer(
+                layer, layer_weights, following, hidden, projected, own_input, batch, pool
             )
-        return logits(normed[batch.logit_rows], w.head, spec.softcap)
+        return logits(projected[batch.logit_rows], w.head, spec.softcap)
 
     def decoder_layer(
         self,
         layer: LayerSpec,
         w: LayerWeights,
-        next_norm: Tensor,
-        next_reader: Linear,
+        following: LayerWeights | None,
         hidden: Tensor,
-        normed: Tensor | Quantized,
+        projected: Tensor,
         own_input: Tensor | None,
         batch: StepBatch,
         pool: KVPool,
-    ) -> tuple[Tensor, Tensor | Quantized]:
-        """The residual [T, H] after this layer, and the same under next_norm, for the product with next_reader.
+    ) -> tuple[Tensor, Tensor]:
+        """The residual [T, H] after this layer, and that, normed, projected to the following layer's q, k and v.
 
-        normed: [T, H], the residual before it, under this layer's input norm; own_input: [T, P], this layer's
-        slice of the per-layer embeddings.
+        After the last layer, which none follows: normed for the head. projected: [T, qkv_width], this layer's own;
+        own_input: [T, P], its slice of the per-layer embeddings.
         """
         eps = self.spec.eps
         # 1. Attention
-        attended = self._attention(layer, w, normed, batch, pool)
-        e, routed = w.experts, None
-        norms = (None, None) if e is None else (e.pre_norm, e.router_scale)
-        readers = w.gate_up, None if e is None else e.gate_up
-        hidden, mlp_in, expert_in, router_in = attention_seam(
-            attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, *norms, *readers
-        )
+        attended = self._attention(layer, w, projected, batch, pool)
         # 2. Feed-forward: the dense MLP, and beside it the experts, which read the same residual
-        activated, router_logits = gate_up(mlp_in, w.gate_up, router_in, None if e is None else e.router, w.down)
+        e, routed = w.experts, None
+        router = (None, None, None) if e is None else (e.pre_norm, e.router_scale, e.router)
+        readers = w.down, None if e is None else e.gate_up
+        hidden, activated, expert_in, router_logits = seam_gate_up(
+            attended, hidden, w.post_attention_norm, w.pre_feedforward_norm, eps, w.gate_up, *router, *readers
+        )
         if e is not None:
             # Ahead of the MLP's last product, which releases behind its join and so settles the choice
             # (ops/chain.py): the experts run beside it.
@@ -100,30 +93,45 @@ class Gemma4:
             slots = experts(expert_in, ids, e.gate_up, e.down, settled=True)
             routed = Routed(slots, e.dense_post_norm, e.post_norm, ids, weights)
         if w.per_layer_input is None:
-            return layer_seam(out, hidden, w.post_feedforward_norm, eps, w.scalar, next_norm, routed, next_reader)
+            return self._end(w, following, out, hidden, w.post_feedforward_norm, routed)
         # 3. Per-layer input
-        hidden, _ = layer_seam(out, hidden, w.post_feedforward_norm, eps, routed=routed)
-        gated = gelu_mul(linear(hidden, w.per_layer_input.gate), own_input)
-        injected = linear(gated, w.per_layer_input.projection)
-        post_norm = w.per_layer_input.post_norm
-        return layer_seam(injected, hidden, post_norm, eps, w.scalar, next_norm, reader=next_reader)
+        into = w.per_layer_input
+        hidden, gated = seam_linear(out, hidden, w.post_feedforward_norm, eps, into.gate, factor=own_input)
+        return self._end(w, following, linear(gated, into.projection), hidden, into.post_norm)
+
+    def _end(
+        self,
+        w: LayerWeights,
+        following: LayerWeights | None,
+        out: Tensor,
+        hidden: Tensor,
+        post_norm: Tensor,
+        routed: Routed | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Close a layer, and begin the following one."""
+        eps = self.spec.eps
+        if following is None:
+            return layer_seam(out, hidden, post_norm, eps, w.scalar, self.weights.norm, routed)
+        norm, qkv = following.input_norm, following.qkv
+        # The choice of experts is settled since the MLP's last product.
+        return seam_linear(out, hidden, post_norm, eps, qkv, w.scalar, norm, routed, settled=True)
 
     def _attention(
-        self, layer: LayerSpec, w: LayerWeights, x: Tensor | Quantized, batch: StepBatch, pool: KVPool
+        self, layer: LayerSpec, w: LayerWeights, projected: Tensor, batch: StepBatch, pool: KVPool
     ) -> Tensor:
         """Attend over the pages, the new tokens' K/V included."""
-        q = self._project(layer, w, x, batch, pool)
+        q = self._store(layer, w, projected, batch, pool)
         pages = batch.kinds[layer.kind].pages
         k_cache, v_cache, kv_scales = pool.k(layer.index), pool.v(layer.index), pool.scales(layer.index)
         out = attend(q, k_cache, v_cache, batch, pages, layer.window, kv_scales=kv_scales)
         return linear(out.flatten(1), w.o)
 
-    def _project(
-        self, layer: LayerSpec, w: LayerWeights, x: Tensor | Quantized, batch: StepBatch, pool: KVPool
+    def _store(
+        self, layer: LayerSpec, w: LayerWeights, projected: Tensor, batch: StepBatch, pool: KVPool
     ) -> Tensor:
         """q, normed and rotated; K/V of the new tokens go to their slots."""
         return qkv_rope_store(
-            linear(x, w.qkv),
+            projected,
             w.q_norm,
             w.k_norm,
             *self._rope[layer.rope, layer.head_dim],

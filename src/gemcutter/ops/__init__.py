@@ -25,6 +25,8 @@ from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
 from gemcutter.ops.rms_norm import rms_norm
 from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8
 from gemcutter.ops.rope_store import rope_store
+from gemcutter.ops.seam_gate_up import seam_gate_up
+from gemcutter.ops.seam_linear import seam_linear
 from gemcutter.ops.select_experts import select_experts
 from gemcutter.ops.sigmoid_topk import sigmoid_topk
 from gemcutter.ops.sort_by_expert import sort_by_expert
@@ -57,6 +59,8 @@ __all__ = [
     "rms_norm",
     "rms_norm_fp8",
     "rope_store",
+    "seam_gate_up",
+    "seam_linear",
     "select_experts",
     "sigmoid_topk",
     "softcap_",

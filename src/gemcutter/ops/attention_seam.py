@@ -114,17 +114,18 @@ def _attention_seam_kernel(
         expert_pre = late(expert_pre, expert_pre_ptr, H, PARTS, PART)
         hand_out(expert_in_ptr, expert_scale_ptr, normed(hidden, factor, expert_pre), row, H, PARTS, PART)
         router_scale = late(router_scale, router_scale_ptr, H, PARTS, PART)
-        store_row(router_in_ptr + out, _router_in(hidden, factor, router_scale, root), None, H, PARTS, PART)
+        store_row(router_in_ptr + out, router_rows(hidden, factor, router_scale, root), None, H, PARTS, PART)
 
 
 @triton.jit
-def _router_in(xs, factor, scales, root):
-    """normed, * scale, * root, each rounded to x's dtype, the last one in the store."""
+def router_rows(xs, factor, scales, root):
+    """normed, * scale, * root, each rounded to x's dtype."""
     dtype: tl.constexpr = xs[0].dtype
     ys = ()
     for part in tl.static_range(len(xs)):
         y = (xs[part].to(tl.float32) * factor).to(dtype).to(tl.float32)
-        ys += ((y * scales[part].to(tl.float32)).to(dtype).to(tl.float32) * root,)
+        y = (y * scales[part].to(tl.float32)).to(dtype).to(tl.float32)
+        ys += ((y * root).to(dtype),)
     return ys
 
 

@@ -10,10 +10,10 @@ enough: it may let its successor come before it has joined itself, and so while 
 A tensor is settled for a kernel, and may be read before it joins, if between the kernel that wrote it and this one
 stands one that releases behind its join, or any of PyTorch's: that one began its work when all before it were
 done, and what comes after it came later still. A step's batch, and the K/V of steps before it, are settled for all
-its kernels but the first, which is `embed`. Norms, seams, `geglu`, `swiglu`, `linear`, `float_linear`,
-`select_experts`, `sigmoid_topk` and `embed` release behind their join; `gate_up`, `experts`, `attend` and the head
-norms may do so before. Source: CUDA programming guide, programmatic dependent launch; Triton's `gdc_wait` and
-`gdc_launch_dependents`.
+its kernels but the first, which is `embed`. Norms, seams and the products that begin with one, `geglu`, `swiglu`,
+`linear`, `float_linear`, `select_experts`, `sigmoid_topk` and `embed` release behind their join; `gate_up`,
+`experts`, `attend` and the head norms may do so before. Source: CUDA programming guide, programmatic dependent
+launch; Triton's `gdc_wait` and `gdc_launch_dependents`.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Every op at every released shape.
 
-`linear`, `gate_up`, `experts` and `attend` are not here: their tests hold matrix products to cuBLASLt's bits, to
-the ops one by one, or to float64.
+`linear`, `gate_up`, the seams that begin a product, `experts` and `attend` are not here: their tests hold matrix
+products to cuBLASLt's bits, to the ops one by one, or to float64.
 """
 
 from dataclasses import replace
