@@ -66,7 +66,7 @@ def test_kernels_against_float64(name):
 def test_an_fp8_cache_has_the_bits_of_what_it_stands_for(name, other_cards, monkeypatch):
     if other_cards or SHAPES[name][-1] == FP16:
         monkeypatch.setattr(attend_decode, "takes_cache", lambda *_: False)
-    monkeypatch.setattr(attend_prefill, "loads_pages", lambda k_cache, v_cache: False)
+        monkeypatch.setattr(attend_prefill, "loads_pages", lambda *_: False)
     heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
     lengths = DECODES + CHUNKS
     case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, "cuda", fp8=True)

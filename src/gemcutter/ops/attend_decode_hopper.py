@@ -238,10 +238,8 @@ def _merge_hopper_kernel(
 
 
 def takes_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether these kernels do: 64 columns of 16 bits fill the swizzle of shared memory; FP8 becomes bfloat16."""
-    k_cache, v_cache = as_words(k_cache), as_words(v_cache)
-    fits = k_cache.dtype == q.dtype or (k_cache.dtype, q.dtype) == (torch.int16, torch.bfloat16)
-    return fits and k_cache.shape[3] >= 64 and pages_by_tma(k_cache, v_cache)
+    """Whether these kernels do: 64 columns of 16 bits fill the swizzle of shared memory."""
+    return as_words(k_cache).shape[3] >= 64 and pages_by_tma(q, k_cache, v_cache)
 
 
 def hopper_tile(head_dim: int, few: bool, fp8: bool) -> tuple[int, int, dict[str, int]]:

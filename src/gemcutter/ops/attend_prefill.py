@@ -148,8 +148,10 @@ def launch_prefill(
     group = q.shape[1] // num_kv_heads
     assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
     assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
-    if kv_scales is None and loads_pages(k_cache, v_cache):
-        prefill(q, k_cache, v_cache, query_start, kv_len, pages, first_seq, max_query_len, window, scale, out)
+    if loads_pages(q, k_cache, v_cache):
+        prefill(
+            q, k_cache, v_cache, kv_scales, query_start, kv_len, pages, first_seq, max_query_len, window, scale, out
+        )
         return
     tile = prefill_tile(q.dtype, head_dim)
     grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, num_seqs)

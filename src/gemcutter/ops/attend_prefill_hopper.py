@@ -23,12 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, boxes, load_pages
+from gemcutter.ops.load_fp8_pages import load_stages
+from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, as_words, barrier, boxes
 from gemcutter.ops.online_softmax import FLOOR, LOG2E
 
 ROWS = gl.constexpr(64)  # a warpgroup, the M of one wgmma
 HELD = gl.constexpr(128)  # columns of Q in registers at head dim 512
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the longer name, 3.9 the shorter
 
 
 @gluon.jit
@@ -74,7 +74,7 @@ def _finish_values(acc, n, empty, STAGES: gl.constexpr):
 
 @gluon.jit
 def _fold(
-    scores, top, total, start, positions, WINDOW: gl.constexpr, SCALE: gl.constexpr, LAYOUT: gl.constexpr
+    scores, top, total, start, positions, factor, WINDOW: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
     """Weights of a tile's keys, the new maximum and sum, and the factor of what was summed before.
 
@@ -91,9 +91,9 @@ def _fold(
         if WINDOW > 0:
             seen = seen & (pos[:, None] - key[None, :] < WINDOW)
         scores = gl.where(seen, scores, float("-inf"))
-    new_top = gl.maximum(top, gl.max(scores, 1) * (LOG2E * SCALE))
+    new_top = gl.maximum(top, gl.max(scores, 1) * factor)
     below = gl.zeros_like(scores) - new_top[:, None]
-    weight = gl.exp2(gl.fma(scores, gl.full_like(scores, LOG2E * SCALE), below))
+    weight = gl.exp2(gl.fma(scores, gl.full_like(scores, factor), below))
     fade = gl.exp2(top - new_top)
     return weight, new_top, total * fade + gl.sum(weight, 1), fade
 
@@ -101,8 +101,8 @@ def _fold(
 @gluon.jit
 def _attend(
     first, near_q, q, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head, first_col, tiles,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr, SCALE: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    kv_scale, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr,
+    SCALE: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's 64 rows over all tiles, row `first` and on.
 
@@ -114,6 +114,7 @@ def _attend(
     k, k_ready, k_empty = keys
     v, v_ready, v_empty = values
     first_tile, num_tiles, first_key, last_key = tiles
+    factor = kv_scale[0] * (LOG2E * SCALE)
     PARTS: gl.constexpr = D // COLS
     dtype: gl.constexpr = q.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread
@@ -156,14 +157,14 @@ def _attend(
     if V_STAGES > 1:
         scores = _start_scores(0, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
         scores = _finish_scores(scores, 0, k_empty, PARTS, K_STAGES, 0)
-        weight, top, total, fade = _fold(scores, top, total, key, positions, WINDOW, SCALE, of_scores)
+        weight, top, total, fade = _fold(scores, top, total, key, positions, factor, WINDOW, of_scores)
         weight = gl.convert_layout(weight.to(dtype), of_weight)
         for tile in range(1, num_tiles):
             key += KEYS
             scores = _start_scores(tile * PARTS, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
             acc = _start_values(acc, weight, tile - 1, v, v_ready, V_STAGES)
             scores = _finish_scores(scores, tile * PARTS, k_empty, PARTS, K_STAGES, 1)
-            weight, top, total, fade = _fold(scores, top, total, key, positions, WINDOW, SCALE, of_scores)
+            weight, top, total, fade = _fold(scores, top, total, key, positions, factor, WINDOW, of_scores)
             acc = _finish_values(acc, tile - 1, v_empty, V_STAGES)
             acc *= gl.convert_layout(fade, gl.SliceLayout(1, of_acc))[:, None]
             weight = gl.convert_layout(weight.to(dtype), of_weight)
@@ -173,14 +174,14 @@ def _attend(
         for tile in range(num_tiles):
             scores = _start_scores(tile * PARTS, held_q, near_q, q, k, k_ready, PARTS, K_STAGES, of_scores)
             scores = _finish_scores(scores, tile * PARTS, k_empty, PARTS, K_STAGES, 0)
-            weight, top, total, fade = _fold(scores, top, total, key, positions, WINDOW, SCALE, of_scores)
+            weight, top, total, fade = _fold(scores, top, total, key, positions, factor, WINDOW, of_scores)
             acc *= gl.convert_layout(fade, gl.SliceLayout(1, of_acc))[:, None]
             weight = gl.convert_layout(weight.to(dtype), of_weight)
             acc = _start_values(acc, weight, tile, v, v_ready, V_STAGES)
             acc = _finish_values(acc, tile, v_empty, V_STAGES)
             key += KEYS
 
-    share = gl.convert_layout(gl.full_like(total, 1.0) / total, gl.SliceLayout(1, of_acc))
+    share = gl.convert_layout(gl.full_like(total, 1.0) / total * kv_scale[1], gl.SliceLayout(1, of_acc))
     # Through the shared memory of Q, which nobody reads any more: straight from the accumulator a store would write
     # 16 bytes a row, and a sliding layer of 8192 tokens take 269 µs for 250.
     q.store((acc * share[:, None]).to(dtype))
@@ -191,9 +192,9 @@ def _attend(
 
 @gluon.jit(do_not_specialize=["first_seq", "max_pages", "query_tiles"])
 def _prefill_hopper_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages, query_tiles,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
-    SCALE: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    q_ptr, k_desc, v_desc, kv_scales_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages,
+    query_tiles, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    WINDOW: gl.constexpr, SCALE: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Row r of a sequence is query head r % GROUP of token r // GROUP."""
     PARTS: gl.constexpr = D // COLS
@@ -215,7 +216,10 @@ def _prefill_hopper_kernel(
         num_tiles = last_key // KEYS + 1 - first_tile
         pages_ptr += seq.to(gl.int64) * max_pages
 
-        dtype: gl.constexpr = k_desc.dtype
+        kv_scale = 1.0, 1.0
+        if kv_scales_ptr is not None:
+            kv_scale = gl.load(kv_scales_ptr + kv_head), gl.load(kv_scales_ptr + KV_HEADS + kv_head)
+        dtype: gl.constexpr = q_ptr.dtype.element_ty
         shared: gl.constexpr = k_desc.layout
         q_low = gl.allocate_shared_memory(dtype, [ROWS, COLS], shared)
         q_high = gl.allocate_shared_memory(dtype, [ROWS, COLS], shared)
@@ -225,7 +229,7 @@ def _prefill_hopper_kernel(
             near_high = gl.allocate_shared_memory(dtype, [ROWS, HELD], shared)
         k_stages = gl.allocate_shared_memory(dtype, [K_STAGES, KEYS, COLS], shared)
         v_stages = gl.allocate_shared_memory(dtype, [V_STAGES, KEYS, COLS], shared)
-        k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+        k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES + LOADERS, 1], mbarrier.MBarrierLayout())
         k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES + LOADERS, 1], mbarrier.MBarrierLayout())
         v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
@@ -236,6 +240,7 @@ def _prefill_hopper_kernel(
             mbarrier.init(v_ready.index(stage), count=LOADERS)
             mbarrier.init(v_empty.index(stage), count=2)
         for loader in gl.static_range(LOADERS):
+            mbarrier.init(k_ready.index(K_STAGES + loader), count=1)
             mbarrier.init(v_ready.index(V_STAGES + loader), count=1)
         fence_async_shared()
         tiles = (first_tile, num_tiles, first_key, last_key)
@@ -245,22 +250,22 @@ def _prefill_hopper_kernel(
             [
                 (_attend, (
                     first_row, near_low, q_low, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head,
-                    first_col, tiles, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
+                    first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
                 (_attend, (
                     first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
-                    kv_head, first_col, tiles, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
+                    kv_head, first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
-                (load_pages, (
+                (load_stages, (
                     0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
                 )),
-                (load_pages, (
+                (load_stages, (
                     1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
                 )),
-                (load_pages, (
+                (load_stages, (
                     0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
                 )),
-                (load_pages, (
+                (load_stages, (
                     1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
                 )),
             ],
@@ -273,6 +278,7 @@ def prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    kv_scales: torch.Tensor | None,
     query_start: torch.Tensor,
     kv_len: torch.Tensor,
     pages: torch.Tensor,
@@ -288,8 +294,8 @@ def prefill(
     query_tiles = triton.cdiv(max_query_len * group, 2 * ROWS.value)
     programs = query_tiles * (head_dim // COLS.value) * num_kv_heads * (len(kv_len) - first_seq)
     _prefill_hopper_kernel[(programs,)](
-        q, *(boxes(cache, KEYS.value, BOX.value) for cache in (k_cache, v_cache)), out, query_start, kv_len, pages,
-        first_seq, pages.shape[1], query_tiles,
+        q, *(boxes(as_words(cache), KEYS.value, BOX.value) for cache in (k_cache, v_cache)), kv_scales, out,
+        query_start, kv_len, pages, first_seq, pages.shape[1], query_tiles,
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SCALE=scale, K_STAGES=2 if head_dim == 256 else 3, V_STAGES=512 // head_dim,  # with Q 192 and 224 KiB
         num_warps=4,

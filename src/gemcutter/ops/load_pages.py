@@ -11,6 +11,7 @@ from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
 KEYS = gl.constexpr(64)  # a tile
 COLS = gl.constexpr(256)  # a stage, with 64 keys 32 KiB
 BOX = gl.constexpr(64)  # columns that one load brings: 128 bytes, the swizzle of shared memory
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the longer name, 3.9 the shorter
 LOADERS = gl.constexpr(2)  # warps that share a stage; with one a sliding layer of 8192 tokens takes 250 µs for 242
 
 
@@ -25,6 +26,18 @@ def _hide(share, start, first_key, last_key):
             piece = share.slice(block * BOX, BOX, 1).slice(part * 16, 16)
             values = piece.load(layout)
             piece.store(gl.where(seen, values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def rows_of(start, tiles, pages_ptr, kv_head, KV_HEADS: gl.constexpr, PAGE: gl.constexpr):
+    """Where in the cache the boxes of a tile begin that starts with key `start`."""
+    HEIGHT: gl.constexpr = PAGE if PAGE < KEYS else KEYS
+    rows = ()
+    for box in gl.static_range(KEYS // HEIGHT):
+        key = start + box * HEIGHT
+        live = gl.minimum(gl.maximum(key // PAGE, tiles[2] // PAGE), tiles[3] // PAGE)
+        rows = rows + ((gl.load(pages_ptr + live) * KV_HEADS + kv_head) * PAGE + key % PAGE,)
+    return rows
 
 
 @gluon.jit
@@ -47,11 +60,7 @@ def load_pages(
     for n in range(num_tiles * PARTS):
         start = (first_tile + n // PARTS) * KEYS
         col = first_col + n % PARTS * COLS + loader * BLOCKS * BOX
-        rows = ()
-        for box in gl.static_range(KEYS // HEIGHT):
-            key = start + box * HEIGHT
-            live = gl.minimum(gl.maximum(key // PAGE, first_key // PAGE), last_key // PAGE)
-            rows = rows + ((gl.load(pages_ptr + live) * KV_HEADS + kv_head) * PAGE + key % PAGE,)
+        rows = rows_of(start, tiles, pages_ptr, kv_head, KV_HEADS, PAGE)
         stage = n % STAGES
         done = stage
         hidden = False
@@ -84,13 +93,18 @@ def boxes(cache: torch.Tensor, keys: int, columns: int) -> TensorDescriptor:
     return descriptor(cache.flatten(0, 2), [min(cache.shape[2], keys), columns])
 
 
-def pages_by_tma(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether TMA loads such pages: eight keys are one round of the swizzle, and rows are counted in 32 bits."""
+def pages_by_tma(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether TMA loads such pages: eight keys are one round of the swizzle, and rows are counted in 32 bits.
+
+    FP8 becomes bfloat16.
+    """
+    k_cache, v_cache = as_words(k_cache), as_words(v_cache)
+    fits = k_cache.dtype in (q.dtype, torch.int16 if q.dtype == torch.bfloat16 else None)
     page_size = k_cache.shape[2]
     power = page_size & (page_size - 1) == 0 and page_size >= 8
-    return power and k_cache.shape[:3].numel() < 2**31 and loads_by_tma(k_cache, v_cache)
+    return fits and power and k_cache.shape[:3].numel() < 2**31 and loads_by_tma(k_cache, v_cache)
 
 
-def loads_pages(k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+def loads_pages(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
     """Whether such a cache comes by these loads."""
-    return k_cache.shape[3] in (256, 512) and pages_by_tma(k_cache, v_cache)
+    return q.shape[-1] in (256, 512) and pages_by_tma(q, k_cache, v_cache)

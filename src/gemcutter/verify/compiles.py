@@ -85,7 +85,9 @@ def launches() -> dict[str, list[Callable[[], object]]]:
         for stored in (torch.bfloat16, torch.float8_e4m3fn)
     ]
     found["attend_prefill_hopper"] = [
-        functools.partial(_attend, *shape, shape[-1], by_tma=True) for shape in shapes[:2]
+        functools.partial(_attend, *shape, stored, by_tma=True)
+        for shape in shapes[:2]
+        for stored in (torch.bfloat16, torch.float8_e4m3fn)
     ]
     return found
 
@@ -125,7 +127,7 @@ def _attend(
     pages = torch.zeros(2, 4, dtype=torch.int32)
     start, kv_len = torch.tensor([0, 1, 33], dtype=torch.int32), torch.tensor([40, 40], dtype=torch.int32)
     if by_tma:
-        prefill(q, cache, cache, start, kv_len, pages, 1, 32, window, 1.0, q)
+        prefill(q, cache, cache, kv_scales, start, kv_len, pages, 1, 32, window, 1.0, q)
         return
     launch_decode(q, cache, cache, kv_scales, kv_len, pages, 1, window, 1.0, q)
     launch_prefill(q, cache, cache, kv_scales, start, kv_len, pages, 1, 32, window, 1.0, q)
