@@ -256,18 +256,10 @@ def _prefill_hopper_kernel(
                     first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
                     kv_head, first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
-                (load_stages, (
-                    0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
-                )),
-                (load_stages, (
-                    1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
-                )),
-                (load_stages, (
-                    0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
-                )),
-                (load_stages, (
-                    1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
-                )),
+                (load_stages, (0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
+                (load_stages, (1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
+                (load_stages, (0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True)),
+                (load_stages, (1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True)),
             ],
             [4, 1, 1, 1, 1],
             [232, 40, 40, 40, 40],  # registers a thread; the first warpgroup takes the remaining 232
