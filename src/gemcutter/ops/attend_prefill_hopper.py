@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemcutter.ops.load_fp8_pages import load_stages
+from gemcutter.ops.load_fp8_pages import load
 from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, as_words, barrier, boxes
 from gemcutter.ops.online_softmax import FLOOR, LOG2E
 
@@ -256,10 +256,14 @@ def _prefill_hopper_kernel(
                     first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
                     kv_head, first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
-                (load_stages, (0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
-                (load_stages, (1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
-                (load_stages, (0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True)),
-                (load_stages, (1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True)),
+                (load, (0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
+                (load, (1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
+                (load, (
+                    0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
+                )),
+                (load, (
+                    1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
+                )),
             ],
             [4, 1, 1, 1, 1],
             [232, 40, 40, 40, 40],  # registers a thread; the first warpgroup takes the remaining 232

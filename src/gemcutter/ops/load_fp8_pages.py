@@ -56,7 +56,7 @@ def load_fp8_pages(
 
 
 @gluon.jit
-def load_stages(
+def load(
     loader: gl.constexpr, desc, stages, pages_ptr, kv_head, first_col, tiles, KV_HEADS: gl.constexpr,
     PAGE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
