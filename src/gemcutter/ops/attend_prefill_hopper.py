@@ -217,7 +217,8 @@ def _prefill_hopper_kernel(
         pages_ptr += seq.to(gl.int64) * max_pages
 
         kv_scale = 1.0, 1.0
-        if kv_scales_ptr is not None:
+        FP8: gl.constexpr = kv_scales_ptr is not None
+        if FP8:
             kv_scale = gl.load(kv_scales_ptr + kv_head), gl.load(kv_scales_ptr + KV_HEADS + kv_head)
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         shared: gl.constexpr = k_desc.layout
@@ -229,7 +230,8 @@ def _prefill_hopper_kernel(
             near_high = gl.allocate_shared_memory(dtype, [ROWS, HELD], shared)
         k_stages = gl.allocate_shared_memory(dtype, [K_STAGES, KEYS, COLS], shared)
         v_stages = gl.allocate_shared_memory(dtype, [V_STAGES, KEYS, COLS], shared)
-        k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES + LOADERS, 1], mbarrier.MBarrierLayout())
+        WIDENED: gl.constexpr = LOADERS if FP8 else 0
+        k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES + WIDENED, 1], mbarrier.MBarrierLayout())
         k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES + LOADERS, 1], mbarrier.MBarrierLayout())
         v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
@@ -240,10 +242,12 @@ def _prefill_hopper_kernel(
             mbarrier.init(v_ready.index(stage), count=LOADERS)
             mbarrier.init(v_empty.index(stage), count=2)
         for loader in gl.static_range(LOADERS):
-            mbarrier.init(k_ready.index(K_STAGES + loader), count=1)
             mbarrier.init(v_ready.index(V_STAGES + loader), count=1)
+            if FP8:
+                mbarrier.init(k_ready.index(K_STAGES + loader), count=1)
         fence_async_shared()
         tiles = (first_tile, num_tiles, first_key, last_key)
+        where = (pages_ptr, kv_head, tiles)
         keys = (k_stages, k_ready, k_empty)
         values = (v_stages, v_ready, v_empty)
         gl.warp_specialize(
@@ -256,14 +260,10 @@ def _prefill_hopper_kernel(
                     first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
                     kv_head, first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
-                (load, (0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
-                (load, (1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False)),
-                (load, (
-                    0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
-                )),
-                (load, (
-                    1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
-                )),
+                (load, (0, k_desc, keys, where, 0, KV_HEADS, PAGE, PARTS, K_STAGES, False, FP8)),
+                (load, (1, k_desc, keys, where, 0, KV_HEADS, PAGE, PARTS, K_STAGES, False, FP8)),
+                (load, (0, v_desc, values, where, first_col, KV_HEADS, PAGE, 1, V_STAGES, True, FP8)),
+                (load, (1, v_desc, values, where, first_col, KV_HEADS, PAGE, 1, V_STAGES, True, FP8)),
             ],
             [4, 1, 1, 1, 1],
             [232, 40, 40, 40, 40],  # registers a thread; the first warpgroup takes the remaining 232

@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def halves(words):
-    """int16 words -> bfloat16 of their low and of their high bytes.
+    """Words of 16 bits -> bfloat16 of their low and of their high bytes.
 
     e4m3's exponent in the place of bfloat16's makes a number 2^120 too small, also of a denormal; its NaN is 480.
     """

@@ -24,12 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 ROWS = 64  # of the weight a program, the M of one wgmma
 # Triton 3.6 to 3.8 have it under the longer name, 3.9 only under the shorter.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_KINDS = {
-    torch.bfloat16: gl.bfloat16,
-    torch.float16: gl.float16,
-    torch.float8_e4m3fn: gl.float8e4nv,
-    torch.int16: gl.int16,
-}
+_KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 @gluon.jit

@@ -27,25 +27,22 @@ def load_fp8_pages(
     whole, ready, empty = stages
     first_tile, num_tiles = tiles[0], tiles[1]
     HEIGHT: gl.constexpr = PAGE if PAGE < KEYS else KEYS  # of a box
-    BLOCKS: gl.constexpr = COLS // BOX  # of a stage, as bfloat16; a warp's are two
     # A lane has four words of a row and four 32 words on: 8 columns of one block and 8 of the other.
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 1], [1, 0])
-    words = whole._reinterpret(gl.int16, [STAGES * BLOCKS, KEYS, BOX], desc.layout)
     landed = ready.index(STAGES + loader)
     for n in range(num_tiles * PARTS):
         col = (first_col + n % PARTS * COLS) // 2 + loader * BOX
         rows = rows_of((first_tile + n // PARTS) * KEYS, tiles, pages_ptr, kv_head, KV_HEADS, PAGE)
         stage = n % STAGES
-        mine = words.index(stage * BLOCKS + loader * 2 + 1)
+        low_block = whole.index(stage).slice(loader * 2 * BOX, BOX, 1)
+        high_block = whole.index(stage).slice(loader * 2 * BOX + BOX, BOX, 1)
         mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
         mbarrier.expect(landed, KEYS * BOX * 2)
         for box in gl.static_range(KEYS // HEIGHT):
-            load_tile(desc, [rows[box], col], landed, mine.slice(box * HEIGHT, HEIGHT))
+            load_tile(desc, [rows[box], col], landed, high_block.slice(box * HEIGHT, HEIGHT))
         mbarrier.wait(landed, n & 1)
-        low_block = whole.index(stage).slice(loader * 2 * BOX, BOX, 1)
-        high_block = whole.index(stage).slice(loader * 2 * BOX + BOX, BOX, 1)
         for part in gl.static_range(KEYS // SOME):
-            low, high = halves(mine.slice(part * SOME, SOME).load(layout))
+            low, high = halves(high_block.slice(part * SOME, SOME).load(layout))
             wide = gl.join(low, high).reshape([SOME, 2, BOX]).permute((0, 2, 1))
             first, second = gl.split(wide)
             barrier()  # a lane's columns lie where the words of others were
@@ -57,11 +54,12 @@ def load_fp8_pages(
 
 @gluon.jit
 def load(
-    loader: gl.constexpr, desc, stages, pages_ptr, kv_head, first_col, tiles, KV_HEADS: gl.constexpr,
-    PAGE: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr,
+    loader: gl.constexpr, desc, stages, where, first_col, KV_HEADS: gl.constexpr, PAGE: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, VALUES: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
-    """A loading warp, whatever the cache."""
-    if desc.dtype == gl.int16:
+    """A loading warp, whatever the cache holds. where: the sequence's pages, the KV head, the tiles."""
+    pages_ptr, kv_head, tiles = where
+    if FP8:
         load_fp8_pages(loader, desc, stages, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, PARTS, STAGES)
     else:
         load_pages(

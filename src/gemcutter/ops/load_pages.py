@@ -84,8 +84,8 @@ def load_pages(
 
 
 def as_words(cache: torch.Tensor) -> torch.Tensor:
-    """An FP8 cache as words of two elements: TMA and shared memory then treat it as they do one of 16 bits."""
-    return cache.view(torch.int16) if cache.dtype == torch.float8_e4m3fn else cache
+    """An FP8 cache as bfloat16, two elements in one, for kernels that take them apart and multiply bfloat16."""
+    return cache.view(torch.bfloat16) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def boxes(cache: torch.Tensor, keys: int, columns: int) -> TensorDescriptor:
@@ -94,12 +94,9 @@ def boxes(cache: torch.Tensor, keys: int, columns: int) -> TensorDescriptor:
 
 
 def pages_by_tma(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether TMA loads such pages: eight keys are one round of the swizzle, and rows are counted in 32 bits.
-
-    FP8 becomes bfloat16.
-    """
+    """Whether TMA loads such pages: eight keys are one round of the swizzle, and rows are counted in 32 bits."""
     k_cache, v_cache = as_words(k_cache), as_words(v_cache)
-    fits = k_cache.dtype in (q.dtype, torch.int16 if q.dtype == torch.bfloat16 else None)
+    fits = k_cache.dtype == q.dtype
     page_size = k_cache.shape[2]
     power = page_size & (page_size - 1) == 0 and page_size >= 8
     return fits and power and k_cache.shape[:3].numel() < 2**31 and loads_by_tma(k_cache, v_cache)
