@@ -4,6 +4,7 @@ The host takes some 25 ms to launch a step of 26B-A4B kernel by kernel, however 
 graph. Beyond MOST_TOKENS of prompts the device takes longer than that, and the step runs eagerly.
 """
 
+import functools
 from bisect import bisect_left
 
 import torch
@@ -13,6 +14,7 @@ from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.models import Model
 from gemcutter.ops.sample import argmax_into
+from gemcutter.run.ahead import compile_ahead
 from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder
 from gemcutter.schedule.plan import Plan
@@ -46,10 +48,10 @@ class StepGraphs:
         memory = torch.cuda.graph_pool_handle()
         mixed = [Bucket(rows, PROMPTS, tokens) for tokens in self._prompt_tokens for rows in self._beside]
         buckets = [*(Bucket(rows, 0, 0) for rows in self._alone), *mixed]
-        # Largest first: the smaller graphs then fit into the memory the largest one left in the shared pool.
-        for bucket in track(buckets[::-1], "Capturing graphs", disable=not progress, transient=True):
-            batch = builder.build_padded(Plan((), ()), bucket)
-            self._run(batch, bucket)  # compiles kernels and fills library workspaces outside the capture
+        buckets.reverse()  # the smaller graphs then fit into the memory the largest one left in the shared pool
+        compile_ahead([functools.partial(self._try, bucket) for bucket in buckets])
+        for bucket in track(buckets, "Capturing graphs", disable=not progress, transient=True):
+            batch = self._try(bucket)  # fills library workspaces outside the capture
             torch.cuda.synchronize(embed.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
@@ -74,6 +76,12 @@ class StepGraphs:
         self._builder.build_padded(plan, bucket)
         self._graphs[bucket].replay()
         return self._logits[: bucket.rows]
+
+    def _try(self, bucket: Bucket) -> StepBatch:
+        """Run a step of nothing but what fills the bucket up."""
+        batch = self._builder.build_padded(Plan((), ()), bucket)
+        self._run(batch, bucket)
+        return batch
 
     def _run(self, batch: StepBatch, bucket: Bucket) -> None:
         self._builder.look_up(bucket)

@@ -1,11 +1,14 @@
 """Warm-up: compile every kernel variant at start, not under the first request (which waited 0.5 s for it)."""
 
+import functools
+
 import torch
 from rich.progress import track
 
 from gemcutter.batch import KindBatch, StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.models import Model
+from gemcutter.run.ahead import compile_ahead
 
 PROMPTS = 128  # at most, and half as many as tokens: layers that see last tokens only get as many rows
 
@@ -16,9 +19,14 @@ def warm_up(model: Model, pool: KVPool, max_tokens: int, page_size: int, progres
 
     The prompts live in page 0, which belongs to nobody.
     """
-    sizes = [2**i for i in range(1, max_tokens.bit_length())]
-    for size in track(sizes, "Compiling kernels", disable=not progress, transient=True):
+
+    def prefill(size: int) -> None:
         model.forward(_prompts(model, min(size // 2, PROMPTS), size, page_size), pool)
+
+    sizes = [2**i for i in range(1, max_tokens.bit_length())]
+    compile_ahead([functools.partial(prefill, size) for size in reversed(sizes)])
+    for size in track(sizes, "Compiling kernels", disable=not progress, transient=True):
+        prefill(size)
     torch.cuda.synchronize(model.weights.embed.device)
 
 

@@ -1,0 +1,77 @@
+"""Kernels compiled before they are launched, for a card that is not there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gemcutter.run.ahead import compile_ahead
+
+
+@triton.jit
+def _scaled(x_ptr, y_ptr, count, SIZE: tl.constexpr, FACTOR: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=at < count) * FACTOR, mask=at < count)
+
+
+@triton.jit
+def _broken(x_ptr, SIZE: tl.constexpr):
+    tl.static_assert(SIZE == 1, "only one")
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A Hopper card in Triton's mind, and a cache on disk of its own. Gives the kernels that it has by now."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = GPUTarget("cuda", 90, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 77, get_current_stream=lambda device: 0
+        )
+    )
+    for kernel in (_scaled, _broken):
+        kernel.device_caches.pop(77, None)
+    yield lambda: {kernel.__name__: list(kernel.device_caches[77][0].values()) for kernel in (_scaled, _broken)}
+    driver._active = None
+
+
+def test_compiles_every_variant_once_and_launches_none(card):
+    x, y = torch.ones(64), torch.zeros(64)
+    done = []
+
+    def work(size: int):
+        for factor in (2, 3):
+            for _ in range(3):
+                _scaled[(1,)](x, y, 50, size, factor)
+        done.append(size)
+
+    run = JITFunction.run
+    compile_ahead([lambda size=size: work(size) for size in (16, 32, 64)])
+    assert done == [16, 64, 32] and not y.any() and JITFunction.run is run
+    kernels = card()["_scaled"]
+    assert len(kernels) == 6 and all("scaled" in kernel.asm["ptx"] for kernel in kernels)
+
+
+def test_what_is_on_disk_is_walked_through_no_further(card):
+    x, y = torch.ones(64), torch.zeros(64)
+    works, done = [], []
+    for size in (16, 32, 64):
+        works.append(lambda size=size: (done.append(size), _scaled[(1,)](x, y, 50, size, 2)))
+    compile_ahead(works)
+    _scaled.device_caches.pop(77)  # as in another process
+    done.clear()
+    compile_ahead(works)
+    assert done == [16, 64] and len(card()["_scaled"]) == 2
+
+
+def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(card):
+    x = torch.ones(4)
+    compile_ahead([lambda: _broken[(1,)](x, 2), lambda: _scaled[(1,)](x, x, 4, 4, 5)])
+    assert len(card()["_scaled"]) == 1
+    with pytest.raises(triton.CompilationError, match="only one"):
+        _broken[(1,)](x, 2)
