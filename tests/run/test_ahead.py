@@ -75,3 +75,13 @@ def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(card):
     assert len(card()["_scaled"]) == 1
     with pytest.raises(triton.CompilationError, match="only one"):
         _broken[(1,)](x, 2)
+
+
+def test_a_work_that_fails_stops_nothing(card):
+    x = torch.ones(4)
+    run, works = JITFunction.run, [lambda: _scaled[(1,)](x, x, 4, 4, 7), lambda: 1 / 0]
+    with pytest.warns(UserWarning, match="ZeroDivisionError"):
+        compile_ahead(works)
+    assert JITFunction.run is run and len(card()["_scaled"]) == 1
+    with pytest.raises(ZeroDivisionError):
+        works[1]()

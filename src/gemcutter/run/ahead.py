@@ -5,6 +5,7 @@ Triton takes 0.2 to 1 s of one core for a kernel, nine tenths of it outside Pyth
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,10 +21,16 @@ def compile_ahead(works: Sequence[Callable[[], object]]) -> None:
     and walking through them all would take longer than it saves.
 
     A work is done without launching a Triton kernel. What PyTorch launches runs, on memory that nobody wrote. A
-    kernel that does not compile says so when it is launched.
+    kernel that does not compile says so when it is launched. Where a work cannot be done so, the others are left,
+    for launching compiles as well.
     """
-    if _compile([works[0], works[-1]]):
-        _compile(works[1:-1])
+    try:
+        if _compile([works[0], works[-1]]):
+            _compile(works[1:-1])
+    except Exception as error:
+        warnings.warn(
+            f"kernels are compiled one by one, since walking through them failed: {error!r}", stacklevel=2
+        )
 
 
 def _compile(works: Sequence[Callable[[], object]]) -> int:
