@@ -269,8 +269,8 @@ def test_32_dropped_streams_free_their_pages(fake):
     used = 'gemcutter_kv_pages{kind="full",state="used"}'
     fake.wait_for(used, 0)
     connections = []
-    for place in range(32):
-        client = httpx.Client(base_url=fake.url)
+    clients = [httpx.Client(base_url=fake.url) for _ in range(32)]  # which takes longer than some streams last
+    for place, client in enumerate(clients):
         body = {"model": MODEL, "prompt": [600 + place], "max_tokens": 1000, "stream": True}
         request = client.build_request("POST", "/v1/completions", json=body)
         reply = client.send(request, stream=True)
