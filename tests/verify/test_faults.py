@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[2] / "src" / "gemcutter"
 FAULTS = {
     "rounding left out": (
         "attention_seam",
-        "ys += ((y * scales[part].to(tl.float32)).to(dtype).to(tl.float32) * root,)",
-        "ys += (y * scales[part].to(tl.float32) * root,)",
+        "y = (y * scales[part].to(tl.float32)).to(dtype).to(tl.float32)",
+        "y = y * scales[part].to(tl.float32)",
         {"normal", "1e-4"},
     ),
     "rounding in another place": (
