@@ -8,7 +8,7 @@ from gemcutter.checkpoint.quantization import Scheme
 from gemcutter.model.weights import Linear
 from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
 
-CHUNK = 2**20  # elements at once; bounds the memory of casts and of quantising, some 20 bytes each
+CHUNK = 2**18  # elements at once; bounds the memory of casts and of quantising, some 20 bytes each
 
 
 def fill(view: Linear, stored: torch.Tensor, scheme: Scheme | None, scale: torch.Tensor | None) -> None:
