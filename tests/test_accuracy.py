@@ -65,12 +65,14 @@ def test_accuracy_is_that_of_hf(model, device):
     assert abs(mine - hf) <= 0.005
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu),
+])  # fmt: skip
 @pytest.mark.parametrize("model", MODELS)
-def test_an_fp8_cache_costs_a_point_at_most(model):
+def test_an_fp8_cache_costs_a_point_at_most(model, device):
     problems = held_out(500)
-    plain, fp8 = (our_replies(model, problems, "cpu", cache) for cache in ("auto", "fp8_e4m3"))
+    plain, fp8 = (our_replies(model, problems, device, cache) for cache in ("auto", "fp8_e4m3"))
     right, still = share_right(plain, problems), share_right(fp8, problems)
     same = sum(a == b for a, b in zip(plain, fp8, strict=True))
-    print(f"{model}: {right:.1%}, with an FP8 cache {still:.1%}; {same} of {len(problems)} the same")
+    print(f"{model} on {device}: {right:.1%}, with an FP8 cache {still:.1%}; {same} of {len(problems)} the same")
     assert still >= right - 0.01

@@ -101,6 +101,7 @@ CARATS = [
     pytest.param("carat", "cpu", "fp8_e4m3", list(CARAT_CROWDS), id="carat-fp8-cache-all", marks=pytest.mark.slow),
     pytest.param("carat-edge", "cpu", "auto", list(CARAT_CROWDS), id="carat-edge-all", marks=pytest.mark.slow),
     pytest.param("carat", "cuda", "auto", list(CARAT_CROWDS), id="carat-cuda", marks=pytest.mark.gpu),
+    pytest.param("carat", "cuda", "fp8_e4m3", list(CARAT_CROWDS), id="carat-fp8-cache-cuda", marks=pytest.mark.gpu),
     pytest.param("carat-edge", "cuda", "auto", list(CARAT_CROWDS), id="carat-edge-cuda", marks=pytest.mark.gpu),
 ]
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from drive import Outcome, collect, finish, request
 
-from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.config import EngineConfig
-from gemcutter.engine import Engine, _resolved
+from gemcutter.engine import Engine
 from gemcutter.schedule.pace import Pace
 
 
@@ -45,13 +44,6 @@ def test_dtype_of_the_cache(dtype, monkeypatch):
     other = {"bfloat16": "float32", "float32": "float16"}[dtype]
     with pytest.raises(ValueError, match=f"auto, {dtype} .* or fp8_e4m3, got '{other}'"):
         Engine.start(EngineConfig(device="cpu", dtype=dtype, kv_cache_dtype=other))
-
-
-def test_an_fp8_cache_is_refused_where_its_kernels_are_not_proven():
-    config = EngineConfig(device="cuda", kv_cache_dtype="fp8_e4m3")
-    with pytest.raises(ValueError, match="runs on a CPU only so far"):
-        _resolved(config, read_spec(locate("carat")), torch.device("cuda"))
-    assert _resolved(config, read_spec(locate("carat")), torch.device("cpu")).kv_cache_dtype == "fp8_e4m3"
 
 
 def test_impossible_requests_are_refused_and_leave_nothing(engine):

@@ -219,8 +219,6 @@ def _resolved(config: EngineConfig, spec: ModelSpec, device: torch.device) -> En
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     if kv_dtype not in (dtype, "fp8_e4m3"):
         raise ValueError(f"kv_cache_dtype must be auto, {dtype} (as the activations) or fp8_e4m3, got {kv_dtype!r}")
-    if kv_dtype == "fp8_e4m3" and device.type != "cpu":
-        raise ValueError("kv_cache_dtype fp8_e4m3 runs on a CPU only so far: kernels are not proven; leave it out")
     largest = running if config.cuda_graph_max_bs is None else min(config.cuda_graph_max_bs, running)
     return dataclasses.replace(
         config,
