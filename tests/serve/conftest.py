@@ -61,6 +61,11 @@ class Server:
             assert time.monotonic() < deadline, f"{name} is {seen}, not {value}, after {seconds} s"
             time.sleep(0.02)
 
+    def cpu_seconds(self) -> float:
+        """Spent so far by all threads of the API process."""
+        times = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
     def engine_pid(self) -> int:
         """The child that is the engine, not multiprocessing's resource tracker."""
         found = []
