@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-import tiny_kinds
+import tiny_models
 import torch
 from safetensors.torch import save_file
 
@@ -76,7 +76,7 @@ def make(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Write a checkpoint, and give its tensors. `within` is where experts lie; None leaves them together."""
     config = config or quantization_config()
-    made = tiny_kinds.make(kind, torch.bfloat16, **model)
+    made = tiny_models.make(kind, torch.bfloat16, **model)
     made.config.dtype = "bfloat16"
     made.config.save_pretrained(folder)
     state = {name.replace("model.", prefix, 1): tensor for name, tensor in made.state_dict().items()}

@@ -8,8 +8,7 @@ greedy request gets alone is HF's (test_parity.py), what a draw gives is the flo
 import random
 
 import pytest
-import tiny_glm
-import tiny_kinds
+import tiny_models
 import torch
 from crowd import alone, check_crowd, mixed_request, next_turns, tight_budget
 from drive import request
@@ -37,8 +36,8 @@ def start(model, **options) -> Engine:
 def tiny(request, tmp_path_factory):
     """A checkpoint in float32, requests, and what each gets alone: whole prompts, no reuse, pages for all."""
     folder = tmp_path_factory.mktemp(request.param)
-    vocab = VOCAB if request.param not in tiny_glm.KINDS else {"vocab_size": 160}
-    tiny_kinds.make(request.param, **vocab, **KINDS[request.param]).save_pretrained(folder)
+    vocab = VOCAB if request.param not in tiny_models.GLM else {"vocab_size": 160}
+    tiny_models.make(request.param, **vocab, **KINDS[request.param]).save_pretrained(folder)
     rng = random.Random(request.param)
     bases = [[rng.randrange(3, 100) for _ in range(40)] for _ in range(2)]
     requests = [mixed_request(rng, str(i), bases, [0, 8, 17, 40], 13, [1, 20, 20, None]) for i in range(24)]
@@ -71,7 +70,7 @@ def test_tiny_crowd_equals_alone(tiny, crowd, ahead, monkeypatch):
 
 def test_tiny_crowd_with_an_fp8_cache_equals_alone(tmp_path, monkeypatch):
     """K/V are quantised before any are read, so neither chunks nor company nor pages lost show."""
-    tiny_kinds.make("ple_shared", **VOCAB).save_pretrained(tmp_path)
+    tiny_models.make("ple_shared", **VOCAB).save_pretrained(tmp_path)
     rng = random.Random(8)
     bases = [[rng.randrange(3, 100) for _ in range(40)] for _ in range(2)]
     requests = [mixed_request(rng, str(i), bases, [0, 8, 17, 40], 13, [1, 20, 20, None]) for i in range(16)]

@@ -9,7 +9,7 @@ bfloat16 that is so at once.
 
 import fp8_checkpoints as made
 import pytest
-import tiny_kinds
+import tiny_models
 import torch
 from drive import Outcome, finish, request
 from torch.overrides import TorchFunctionMode
@@ -47,7 +47,7 @@ class W8A8(TorchFunctionMode):
 
 def hf_model(kind: str, state: dict, dtype: torch.dtype):
     """HF's model with the dequantised weights, and the mode that it is to run in."""
-    model = tiny_kinds.make(kind, dtype)
+    model = tiny_models.make(kind, dtype)
     mode = W8A8()
     for name, parameter in model.named_parameters():
         if name.endswith(made.EXPERTS):
@@ -90,7 +90,7 @@ def test_greedy_tokens_are_hfs(kind, dtype, tmp_path):
 def test_greedy_tokens_are_those_of_compressed_tensors(kind, tmp_path):
     """HF's model as its own quantiser runs what we wrote, in float32, where it takes scales as they are."""
     pytest.importorskip("compressed_tensors")
-    tiny_kinds.make(kind, torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tiny_models.make(kind, torch.bfloat16).save_pretrained(tmp_path / "bf16")
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "fp8", [], lambda done, total: None)
     model = Gemma4ForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32, attn_implementation="eager")
     check(*compare(draw(tmp_path / "fp8", "float32", model.config.vocab_size), model), exact=True)

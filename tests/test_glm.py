@@ -2,7 +2,7 @@
 
 import json
 
-import tiny_glm
+import tiny_models
 import tiny_tokenizers
 import torch
 
@@ -15,7 +15,7 @@ TEMPLATE = (
 
 
 def test_chats_as_hf_does(tmp_path):
-    model = tiny_glm.make("glm", vocab_size=288)
+    model = tiny_models.make("glm", vocab_size=288)
     model.save_pretrained(tmp_path)
     tiny_tokenizers.byte_level(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)

@@ -4,7 +4,7 @@ The oracle is HF's eager model without a cache: each token from a fresh forward 
 """
 
 import pytest
-import tiny_kinds
+import tiny_models
 import torch
 from drive import finish, request
 
@@ -25,10 +25,10 @@ def greedy(model, prompt: list[int]) -> tuple[list[int], list[torch.Tensor]]:
     return ids[len(prompt) :], logprobs
 
 
-@pytest.fixture(scope="module", params=tiny_kinds.KINDS)
+@pytest.fixture(scope="module", params=tiny_models.KINDS)
 def case(request, tmp_path_factory):
     """(folder, prompts, HF's tokens and log-probabilities) of one kind."""
-    model = tiny_kinds.make(request.param)
+    model = tiny_models.make(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     window = getattr(model.config, "sliding_window", 8)

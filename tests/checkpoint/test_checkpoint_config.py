@@ -9,7 +9,7 @@ import released
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import KINDS
+from tiny_models import GEMMA
 from transformers import Gemma4Config, Gemma4TextConfig, Gemma4UnifiedConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel, Gemma4TextRotaryEmbedding
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedTextModel
@@ -153,9 +153,9 @@ def specs_of_all_dialects(config, tmp_path):
     }, hf
 
 
-@pytest.mark.parametrize("name", [*RELEASED, *KINDS])
+@pytest.mark.parametrize("name", [*RELEASED, *GEMMA])
 def test_released_and_tiny_shapes_equal_hf_in_all_dialects(name, tmp_path):
-    config = RELEASED.get(name) or COMMON | KINDS[name]
+    config = RELEASED.get(name) or COMMON | GEMMA[name]
     specs, hf = specs_of_all_dialects(config, tmp_path)
     assert len(set(specs.values())) == 1, specs
     assert_equals_hf(specs["text"], hf)
@@ -183,14 +183,14 @@ def test_owners_and_widths_of_e2b(tmp_path):
 
 
 def test_last_layer_is_forced_full(tmp_path):
-    config = COMMON | KINDS["dense"] | {"layer_types": [S] * 5}
+    config = COMMON | GEMMA["dense"] | {"layer_types": [S] * 5}
     spec = read_spec(write(tmp_path, config))
     assert [layer.kind for layer in spec.layers] == [Kind.SLIDING] * 4 + [Kind.FULL]
     assert_equals_hf(spec, hf_config(config))
 
 
 def test_per_layer_config_keys_may_be_padded_and_values_partial(tmp_path):
-    base = COMMON | KINDS["dense"] | {"num_hidden_layers": 12, "layer_types": [S, F] * 6}
+    base = COMMON | GEMMA["dense"] | {"num_hidden_layers": 12, "layer_types": [S, F] * 6}
     overrides = {f"{index:02}": {"head_dim": 128} for index in range(1, 12, 2)}
     config = {name: value for name, value in base.items() if "global" not in name} | {"per_layer_config": overrides}
     spec = read_spec(write(tmp_path, config))
@@ -206,7 +206,7 @@ def test_per_layer_config_keys_may_be_padded_and_values_partial(tmp_path):
 
 @pytest.mark.parametrize("inner, outer", [(True, True), (False, False), (None, False), (None, True), (True, None)])
 def test_tied_head_is_the_outer_configs(inner, outer, tmp_path):
-    config = nested(COMMON | KINDS["dense"])
+    config = nested(COMMON | GEMMA["dense"])
     if inner is not None:
         config["text_config"]["tie_word_embeddings"] = inner
     if outer is not None:
@@ -217,7 +217,7 @@ def test_tied_head_is_the_outer_configs(inner, outer, tmp_path):
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("level", ["outer", "inner"])
 def test_dtype_at_either_level_under_either_name(name, level, tmp_path):
-    config = nested(COMMON | KINDS["dense"])
+    config = nested(COMMON | GEMMA["dense"])
     del config["dtype"], config["text_config"]["dtype"]
     (config if level == "outer" else config["text_config"])[name] = "float16"
     assert read_spec(write(tmp_path, config)).dtype == "float16"
@@ -300,7 +300,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes, named", REFUSED, ids=lambda value: str(value)[:60])
 def test_what_we_cannot_run_is_refused_by_file_and_field(changes, named, tmp_path):
-    folder = write(tmp_path, COMMON | KINDS["dense"] | changes)
+    folder = write(tmp_path, COMMON | GEMMA["dense"] | changes)
     with pytest.raises(CheckpointError) as caught:
         read_spec(folder)
     assert str(folder / "config.json") in str(caught.value)
@@ -317,7 +317,7 @@ def test_what_we_cannot_run_is_refused_by_file_and_field(changes, named, tmp_pat
     ],
 )
 def test_nested_refusals(changes, named, tmp_path):
-    config = nested(COMMON | KINDS["dense"] | {"tie_word_embeddings": True})
+    config = nested(COMMON | GEMMA["dense"] | {"tie_word_embeddings": True})
     with pytest.raises(CheckpointError, match=named):
         read_spec(write(tmp_path, config | changes))
 
@@ -329,7 +329,7 @@ def test_unified_has_no_experts_and_no_per_layer_inputs(tmp_path):
 
 
 def test_modelopt_side_file_is_refused(tmp_path):
-    write(tmp_path, COMMON | KINDS["dense"])
+    write(tmp_path, COMMON | GEMMA["dense"])
     (tmp_path / "hf_quant_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="hf_quant_config.json"):
         read_spec(tmp_path)
@@ -352,10 +352,10 @@ json_values = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(kind=st.sampled_from(sorted(KINDS)), data=st.data(), value=json_values, wrap=st.booleans())
+@given(kind=st.sampled_from(sorted(GEMMA)), data=st.data(), value=json_values, wrap=st.booleans())
 def test_any_value_in_any_field_is_read_or_refused(tmp_path_factory, kind, data, value, wrap):
     """No other exception than CheckpointError escapes, whatever a field holds."""
-    config = COMMON | KINDS[kind] | {"rope_parameters": None, "per_layer_config": None, "text_config": None}
+    config = COMMON | GEMMA[kind] | {"rope_parameters": None, "per_layer_config": None, "text_config": None}
     config[data.draw(st.sampled_from(sorted(config)))] = value
     if wrap:
         config = nested(config | {"model_type": "gemma4_text"}) | {"model_type": "gemma4"}
@@ -380,7 +380,7 @@ def test_any_value_in_any_field_is_read_or_refused(tmp_path_factory, kind, data,
     ],
 )
 def test_stops_come_from_the_nearest_file_that_has_them(generation, outer, inner, expected, tmp_path):
-    config = nested(COMMON | KINDS["dense"])
+    config = nested(COMMON | GEMMA["dense"])
     config["eos_token_id"], config["text_config"]["eos_token_id"] = outer, inner
     for level in (config, config["text_config"]):
         if level["eos_token_id"] == "absent":
@@ -389,14 +389,14 @@ def test_stops_come_from_the_nearest_file_that_has_them(generation, outer, inner
 
 
 def test_stops_of_a_text_only_config(tmp_path):
-    folder = write(tmp_path, COMMON | KINDS["dense"] | {"eos_token_id": [3, 4]})
+    folder = write(tmp_path, COMMON | GEMMA["dense"] | {"eos_token_id": [3, 4]})
     assert read_generation_config(folder) == {"eos_token_id": [3, 4]}
 
 
 def test_sampling_defaults_are_kept_and_nulls_dropped(tmp_path):
     generation = {"eos_token_id": 1, "temperature": 1, "top_p": 0.95, "top_k": 64, "min_p": None, "do_sample": True}
     generation |= {"suppress_tokens": [258883, 258882], "transformers_version": "5.17.0", "pad_token_id": 0}
-    read = read_generation_config(write(tmp_path, COMMON | KINDS["dense"], generation))
+    read = read_generation_config(write(tmp_path, COMMON | GEMMA["dense"], generation))
     assert read == {
         "eos_token_id": [1],
         "suppress_tokens": [258883, 258882],
@@ -427,6 +427,6 @@ def test_sampling_defaults_are_kept_and_nulls_dropped(tmp_path):
     ],
 )
 def test_bad_generation_fields_are_named(field, value, tmp_path):
-    folder = write(tmp_path, COMMON | KINDS["dense"], {field: value})
+    folder = write(tmp_path, COMMON | GEMMA["dense"], {field: value})
     with pytest.raises(CheckpointError, match=f"generation_config.json: {field}"):
         read_generation_config(folder)

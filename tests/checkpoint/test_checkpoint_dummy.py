@@ -27,7 +27,7 @@ def tensors(spec, weights):
 
 @pytest.fixture(params=["moe", "ple_double_wide"])
 def spec(request, tmp_path):
-    return read_spec(write(tmp_path, COMMON | tiny_models.KINDS[request.param]))
+    return read_spec(write(tmp_path, COMMON | tiny_models.GEMMA[request.param]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,7 +61,7 @@ def test_same_seed_same_weights(spec):
 @pytest.mark.parametrize("kind", ["moe", "ple_double_wide"])
 def test_what_is_in_fp8_is_drawn_alike_and_quantised(kind, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr("gemcutter.checkpoint.dummy.CHUNK", chunk)
-    config = COMMON | tiny_models.KINDS[kind] | {"quantization_config": quantization_config()}
+    config = COMMON | tiny_models.GEMMA[kind] | {"quantization_config": quantization_config()}
     spec = read_spec(write(tmp_path, config))
     plain, mixed = (
         tensors(each, dummy_weights(each, CPU, torch.bfloat16, 3))
@@ -78,7 +78,7 @@ def test_what_is_in_fp8_is_drawn_alike_and_quantised(kind, chunk, tmp_path, monk
 
 
 def test_dummy_needs_only_the_config(tmp_path):
-    folder = write(tmp_path, COMMON | tiny_models.KINDS["dense"])
+    folder = write(tmp_path, COMMON | tiny_models.GEMMA["dense"])
     spec = read_spec(folder)
     weights = load(spec, folder, CPU, torch.bfloat16, "dummy", 0)
     assert weights.head is weights.embed and weights.embed.dtype == torch.bfloat16
@@ -102,7 +102,7 @@ def test_out_of_memory_says_how_much_is_needed(memory, tmp_path, monkeypatch):
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_a_model_beyond_any_memory_is_refused(load_format, tmp_path):
     huge = {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}
-    spec = read_spec(write(tmp_path, COMMON | tiny_models.KINDS["dense"] | huge))
+    spec = read_spec(write(tmp_path, COMMON | tiny_models.GEMMA["dense"] | huge))
     with pytest.raises(CheckpointError, match="more than cpu has free"):
         load(spec, tmp_path, CPU, torch.float32, load_format, 0)
 

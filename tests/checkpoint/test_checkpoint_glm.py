@@ -5,7 +5,7 @@ import logging
 from dataclasses import replace
 
 import pytest
-import tiny_glm
+import tiny_models
 import torch
 from fp8_checkpoints import CHANNEL, dequantized, quantization_config, quantize, write
 from glm_cut import GLM_4_7
@@ -104,10 +104,10 @@ def test_refusals(change, says, tmp_path):
         read_spec(folder_of(tmp_path, GLM_4_7 | change))
 
 
-@pytest.fixture(params=list(tiny_glm.KINDS))
+@pytest.fixture(params=list(tiny_models.GLM))
 def saved(request, tmp_path):
     """(HF's model, its folder): HF stores each expert's three linears, as the releases do."""
-    model = tiny_glm.make(request.param, dtype=torch.bfloat16)
+    model = tiny_models.make(request.param, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     return model, tmp_path
 
@@ -168,14 +168,14 @@ def rewrite(folder, change) -> None:
     ],
 )
 def test_every_difference_is_named(change, says, tmp_path):
-    tiny_glm.make("glm", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tiny_models.make("glm", dtype=torch.bfloat16).save_pretrained(tmp_path)
     rewrite(tmp_path, change)
     with pytest.raises(CheckpointError, match=says):
         load(read_spec(tmp_path), tmp_path, CPU, torch.bfloat16, "auto", 0)
 
 
 def test_the_layer_that_drafts_is_left_out_with_a_notice(tmp_path, caplog):
-    tiny_glm.make("glm", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tiny_models.make("glm", dtype=torch.bfloat16).save_pretrained(tmp_path)
     rewrite(
         tmp_path, lambda s: s.update({f"model.layers.4.{name}": torch.ones(3) for name in ("eh_proj", "enorm")})
     )
@@ -189,7 +189,7 @@ def test_the_layer_that_drafts_is_left_out_with_a_notice(tmp_path, caplog):
 
 def test_fp8_dynamic(tmp_path):
     """As llm-compressor writes it: every Linear but the head and the router, which is none of PyTorch's."""
-    model = tiny_glm.make("glm", dtype=torch.bfloat16)
+    model = tiny_models.make("glm", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -230,7 +230,7 @@ def test_quantises_on_load_and_makes_dummies(saved):
 
 
 def test_stops_are_the_files_own(tmp_path):
-    model = tiny_glm.make("glm")
+    model = tiny_models.make("glm")
     model.save_pretrained(tmp_path)
     assert read_generation_config(tmp_path)["eos_token_id"] == [1, 3]
     config = json.loads((tmp_path / "config.json").read_text())
@@ -241,6 +241,6 @@ def test_stops_are_the_files_own(tmp_path):
 
 
 def test_no_fp8_cache(tmp_path):
-    tiny_glm.make("glm").save_pretrained(tmp_path)
+    tiny_models.make("glm").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="kv_cache_dtype fp8_e4m3 .* leave it at auto"):
         Engine.start(EngineConfig(model_path=str(tmp_path), device="cpu", kv_cache_dtype="fp8_e4m3"))

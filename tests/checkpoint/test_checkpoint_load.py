@@ -110,7 +110,7 @@ def walk(value):
 
 
 @pytest.mark.parametrize("size", ["1GB", "100KB"])
-@pytest.mark.parametrize("kind", tiny_models.KINDS)
+@pytest.mark.parametrize("kind", tiny_models.GEMMA)
 def test_text_only_models_bit_for_bit(kind, size, tmp_path):
     model = tiny_models.make(kind)
     model.save_pretrained(tmp_path, max_shard_size=size)
@@ -154,7 +154,7 @@ def test_conditional_generation_with_towers(kind, tmp_path):
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
     audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
-    config = Gemma4Config(text_config=tiny_models.KINDS[kind], vision_config=vision, audio_config=audio)
+    config = Gemma4Config(text_config=tiny_models.GEMMA[kind], vision_config=vision, audio_config=audio)
     model = randomized(Gemma4ForConditionalGeneration._from_config(config, dtype=torch.bfloat16))
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     names = {name for path in shards(tmp_path) for name in load_file(path)}
@@ -164,7 +164,7 @@ def test_conditional_generation_with_towers(kind, tmp_path):
 
 
 def test_unified_conditional_generation(tmp_path):
-    text = {name: value for name, value in tiny_models.KINDS["dense_k_eq_v"].items() if "per_layer" not in name}
+    text = {name: value for name, value in tiny_models.GEMMA["dense_k_eq_v"].items() if "per_layer" not in name}
     vision = {"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 96, "patch_size": 2}
     config = Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config={"audio_embed_dim": 32})
     model = randomized(Gemma4UnifiedForConditionalGeneration._from_config(config, dtype=torch.float32))

@@ -5,7 +5,6 @@ import re
 import shutil
 
 import pytest
-import tiny_glm
 import tiny_models
 import torch
 from fp8_checkpoints import dequantized, unpacked
@@ -110,7 +109,7 @@ def test_other_modalities_stay(tmp_path):
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
     audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
-    config = Gemma4Config(text_config=tiny_models.KINDS["moe"], vision_config=vision, audio_config=audio)
+    config = Gemma4Config(text_config=tiny_models.GEMMA["moe"], vision_config=vision, audio_config=audio)
     model = Gemma4ForConditionalGeneration._from_config(config, dtype=BF16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -140,10 +139,10 @@ def test_what_is_ignored_stays(sources, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize("kind", tiny_glm.KINDS)
+@pytest.mark.parametrize("kind", tiny_models.GLM)
 def test_glm(kind, tmp_path):
     """HF reads its experts by a rule of its own. The layer that drafts stays, and the config leaves it out."""
-    tiny_glm.make(kind, BF16).save_pretrained(tmp_path / "bf16")
+    tiny_models.make(kind, BF16).save_pretrained(tmp_path / "bf16")
     before = tensors(tmp_path / "bf16")
     drafting = {f"model.layers.4.{name}": torch.full((8, 8), 0.5, dtype=BF16) for name in ("eh_proj.weight", "x")}
     save_file(before | drafting, shards(tmp_path / "bf16")[0])

@@ -34,10 +34,10 @@ def test_published_sizes(name, billions, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", tiny_models.KINDS)
+@pytest.mark.parametrize("kind", tiny_models.GEMMA)
 def test_table_covers_every_weight_exactly_once(kind, tied, tmp_path):
     """Each view numbers its own elements; together they must leave no element unwritten, and write none twice."""
-    config = COMMON | tiny_models.KINDS[kind] | {"tie_word_embeddings": tied}
+    config = COMMON | tiny_models.GEMMA[kind] | {"tie_word_embeddings": tied}
     spec = read_spec(write(tmp_path, config))
     weights = empty_weights(spec, torch.device("cpu"), torch.float32)
     unique = {tensor.data_ptr(): tensor for tensor in all_tensors(weights)}
@@ -57,7 +57,7 @@ def all_tensors(value):
 
 
 def test_ignored_names_are_exactly_those_listed(tmp_path):
-    spec = read_spec(write(tmp_path, COMMON | tiny_models.KINDS["ple_shared"]))  # layers 4, 5, 6 share
+    spec = read_spec(write(tmp_path, COMMON | tiny_models.GEMMA["ple_shared"]))  # layers 4, 5, 6 share
     for prefix in (NESTED, TEXT_ONLY):
         ignored = is_ignored(spec, prefix)
         for layer in range(7):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     Gemma4Config,
+    Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
     Gemma4TextModel,
@@ -21,7 +22,7 @@ from transformers import (
 
 import gemcutter
 
-KINDS = list(tiny_models.KINDS)
+KINDS = list(tiny_models.GEMMA)
 DTYPES = [torch.float32, torch.bfloat16]
 PROMPT, STEPS = 21, 4
 S, F = "sliding_attention", "full_attention"
@@ -190,7 +191,7 @@ def test_recorded_outputs(hf_sums_as_we_do):
 
 def unified():
     torch.manual_seed(0)
-    config = Gemma4UnifiedTextConfig(**copy.deepcopy(tiny_models.KINDS["dense_k_eq_v"]))
+    config = Gemma4UnifiedTextConfig(**copy.deepcopy(tiny_models.GEMMA["dense_k_eq_v"]))
     config._attn_implementation = "eager"
     return Gemma4UnifiedForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
@@ -267,7 +268,7 @@ def real_width(name: str):
     config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = tiny_models.Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if tensor.ndim == 1:  # norms, scales and scalars of 1 hide one that is swapped or forgotten

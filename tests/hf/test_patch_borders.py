@@ -266,7 +266,7 @@ def test_weights_with_gaps(name, hf_sums_as_we_do):
 
 @pytest.mark.parametrize("experts, top_k", [(40, 33), (1025, 4)])
 def test_more_experts_than_the_op_takes(experts, top_k, hf_sums_as_we_do):
-    fields = tiny_models.KINDS["moe"] | {"num_experts": experts, "top_k_experts": top_k, "num_hidden_layers": 1}
+    fields = tiny_models.GEMMA["moe"] | {"num_experts": experts, "top_k_experts": top_k, "num_hidden_layers": 1}
     config = Gemma4TextConfig(**fields | {"layer_types": ["full_attention"]})
     torch.manual_seed(0)
     model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-import tiny_kinds
+import tiny_models
 import torch
 from forward import PAGE, build, logits_of_all, step_batch
 from fp8_weights import LINEARS, quantized
@@ -18,11 +18,11 @@ from gemcutter.model.models import MODELS
 from gemcutter.spec import Family
 
 
-@pytest.fixture(scope="module", params=tiny_kinds.KINDS)
+@pytest.fixture(scope="module", params=tiny_models.KINDS)
 def kind(request, tmp_path_factory):
     """(spec, weights in a dtype) of one kind."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny_kinds.make(request.param).save_pretrained(folder)
+    tiny_models.make(request.param).save_pretrained(folder)
     spec = read_spec(folder)
     return spec, lambda dtype: load(spec, folder, torch.device("cpu"), dtype, "auto", 0)
 

@@ -4,7 +4,7 @@ The oracle runs every token through every layer, and takes the last tokens' logi
 """
 
 import pytest
-import tiny_kinds
+import tiny_models
 import torch
 from forward import CUTS, logits_of_all
 from fp8_weights import quantized
@@ -46,10 +46,10 @@ def check(case: Case, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("numbers", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("kind", tiny_kinds.KINDS)
+@pytest.mark.parametrize("kind", tiny_models.KINDS)
 @torch.inference_mode()
 def test_same_bits_as_with_every_token(kind, numbers, tmp_path, monkeypatch):
-    tiny_kinds.make(kind).save_pretrained(tmp_path)
+    tiny_models.make(kind).save_pretrained(tmp_path)
     spec = read_spec(tmp_path)
     dtype = torch.float32 if numbers == "float32" else torch.bfloat16
     weights = load(spec, tmp_path, torch.device("cpu"), dtype, "auto", 0)
@@ -62,7 +62,7 @@ def test_same_bits_as_with_every_token(kind, numbers, tmp_path, monkeypatch):
 @torch.inference_mode()
 def test_in_the_middle_of_prompts_all_ends_with_the_last_kv(kind, tmp_path, monkeypatch):
     """The tokens decoded after it see the same K/V, and the layers from there on nothing."""
-    tiny_kinds.make(kind).save_pretrained(tmp_path)
+    tiny_models.make(kind).save_pretrained(tmp_path)
     spec = read_spec(tmp_path)
     case = Case(spec, load(spec, tmp_path, torch.device("cpu"), torch.float32, "auto", 0), [9, 40])
     case.steps = case.steps[:2]

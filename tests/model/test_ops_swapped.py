@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_kinds
+import tiny_models
 import torch
 from forward import CUTS, PAGE, build, step_batch
 from swap import REFERENCES, reference, swapped
@@ -81,7 +81,7 @@ def differing(ours: tuple, theirs: tuple, spec) -> dict[str, int]:
 @torch.inference_mode()
 def test_swap_reaches_every_op(kind, tmp_path):
     """On a CPU references run anyway, so this is about the swap: it is seen, wrong ops are found, and it ends."""
-    tiny_kinds.make(kind).save_pretrained(tmp_path)
+    tiny_models.make(kind).save_pretrained(tmp_path)
     spec = read_spec(tmp_path)
     case = Case(spec, load(spec, tmp_path, torch.device("cpu"), torch.float32, "auto", 0), [1, 9, 30])
     want = case.run()

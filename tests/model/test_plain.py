@@ -1,4 +1,4 @@
-"""`model/plain.py` against HF's eager modules: all five kinds, float32 and bf16, layer by layer."""
+"""The models in plain words against HF's eager modules: all kinds, float32 and bf16, layer by layer."""
 
 import pytest
 import tiny_models
@@ -6,10 +6,11 @@ import torch
 
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.load import load
-from gemcutter.model import plain
+from gemcutter.model import glm4_moe_plain, plain
+from gemcutter.spec import Family
 
 
-@pytest.fixture(scope="module", params=list(tiny_models.KINDS))
+@pytest.fixture(scope="module", params=tiny_models.KINDS)
 def pair(request, tmp_path_factory):
     """(HF's model, spec, weights) of one kind in one dtype; the checkpoint is HF's own."""
     pairs = {}
@@ -26,11 +27,12 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("length", [1, 7, 50])
 def test_equals_hf(pair, dtype, length):
     model, spec, weights = pair[dtype]
+    words = plain if spec.family is Family.GEMMA4 else glm4_moe_plain
     ids = torch.randint(3, spec.vocab, (length,), generator=torch.Generator().manual_seed(length))
     with torch.no_grad():
         theirs = model(ids[None], use_cache=False, output_hidden_states=True)
-        ours = plain.forward(spec, weights, ids)
-        stream = list(plain.residual_stream(spec, weights, ids))
+        ours = words.forward(spec, weights, ids)
+        stream = list(words.residual_stream(spec, weights, ids))
     # HF normalises the last of its hidden states, so the streams are compared up to the layer before it.
     for layer, (mine, hidden) in enumerate(zip(stream[:-1], theirs.hidden_states, strict=False)):
         assert torch.equal(mine, hidden[0]), f"residual stream into layer {layer}: {difference(mine, hidden[0])}"

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-import tiny_kinds
+import tiny_models
 import torch
 from test_ops_swapped import Case
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +36,7 @@ class OpsCalled(TorchDispatchMode):
 def steps(request, tmp_path_factory) -> list[list[str]]:
     """The ops of steps of a model with experts, in order."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny_kinds.make(request.param).save_pretrained(folder)
+    tiny_models.make(request.param).save_pretrained(folder)
     spec = read_spec(folder)
     case = Case(spec, load(spec, folder, torch.device("cpu"), torch.float32, "auto", 0), [1, 9, 30])
     found = []
