@@ -12,9 +12,9 @@ import torch
 from gemcutter.bench import latency
 from gemcutter.bench.kernels import PARTS, kernels_of_ops, parts_of
 from gemcutter.bench.latency import STAGES, Driver, Latency, measure
-from gemcutter.bench.latency_ceiling import Ceiling, measure_ceiling
 from gemcutter.bench.latency_profile import Ran, Steps, watch
 from gemcutter.bench.latency_roofline import decode_roofline, prefill_roofline
+from gemcutter.bench.roof import Roof, measure_roof
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.cli import main
@@ -189,8 +189,8 @@ def test_roofline_by_hand():
     ]
     steps = Steps()
     steps.ran = [Ran(name, float(i), seconds) for i, (name, seconds) in enumerate(step * 4)]
-    ceiling = Ceiling(bandwidth=1e9, flops=1e12)
-    got = decode_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 2, 2, ceiling)
+    roof = Roof(bandwidth=1e9, flops=1e12)
+    got = decode_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 2, 2, roof)
     rows = {row.part: row for row in got.rows}
     work = cost.step_work(spec, 3, 1, 100, 2, 2)
     assert set(rows) == {L, E, A, H, N, O} and got.wall == 0.02 and got.measured == pytest.approx(0.010)
@@ -199,14 +199,14 @@ def test_roofline_by_hand():
     assert rows[N].measured == pytest.approx(0.001) and rows[N].share == pytest.approx(0.1)
     assert rows[E].measured == 0 and rows[E].floor == pytest.approx(work[E].bytes / 1e9)
     assert got.floor == pytest.approx(cost.decode_bytes(spec, 3, 100, 2, 2) / 1e9)
-    slow = prefill_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 50, 2, 2, Ceiling(1e30, 1e3))
+    slow = prefill_roofline(spec, Latency(1.0, 0.02, steps, steps, 100), 3, 50, 2, 2, Roof(1e30, 1e3))
     whole = 3 * cost.prefill_flops(spec, 50) + 3 * 2 * spec.vocab * spec.hidden
     assert slow.floor == pytest.approx(whole / 1e3) and slow.wall == 1.0
     assert sum(row.launches for row in slow.rows) == 16
 
 
-def test_ceiling_of_this_cpu():
-    got = measure_ceiling(torch.device("cpu"), torch.float32)
+def test_roof_of_this_cpu():
+    got = measure_roof(torch.device("cpu"), torch.float32)
     assert 1e8 < got.bandwidth < 1e13 and 1e8 < got.flops < 1e14
 
 
@@ -292,8 +292,8 @@ def test_parts_on_a_gpu(options):
 
 
 @pytest.mark.gpu
-def test_ceiling_of_a_gpu():
-    got = measure_ceiling(torch.device("cuda"), torch.bfloat16)
+def test_roof_of_a_gpu():
+    got = measure_roof(torch.device("cuda"), torch.bfloat16)
     assert 1e11 < got.bandwidth < 2e13 and 1e13 < got.flops < 1e16
 
 

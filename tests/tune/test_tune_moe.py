@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gemcutter.bench.latency_ceiling import Ceiling
+from gemcutter.bench.roof import Roof
 from gemcutter.ops.experts_table import Plan, Shape, Tile, read_table
 from gemcutter.ops.experts_tiles import built_in_tiles
 from gemcutter.tune import moe, search
@@ -29,7 +29,7 @@ class Clock:
     up = staticmethod(lambda tokens, tile: 1 / tile.block_n)
     down = staticmethod(lambda tokens, tile: abs(tile.block_n - 65) / 1000 + tile.warps / 1e6)
 
-    def __init__(self, shape, dtype, device, ceiling):
+    def __init__(self, shape, dtype, device, roof):
         self.shape, self.dtype = shape, dtype
         self.take(1)
 
@@ -62,7 +62,7 @@ def clock(monkeypatch):
     """A kind of clock of the test's own, in a tuner with three tiles of each product beside the built-in one."""
     kind = type("Told", (Clock,), dict(log=[]))
     monkeypatch.setattr(moe, "Clock", kind)
-    monkeypatch.setattr(moe, "measure_ceiling", lambda device, dtype: Ceiling(4e12, 8e14))
+    monkeypatch.setattr(moe, "measure_roof", lambda device, dtype: Roof(4e12, 8e14))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(moe, "compile_ahead", lambda shape, dtype, plans, advance: [advance() for _ in plans])
     monkeypatch.setattr(search, "up_tiles", lambda dtype, rows, columns: UPS)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from gemcutter.bench.latency import PROFILED_STEPS, Latency
-from gemcutter.bench.latency_ceiling import Ceiling
 from gemcutter.bench.latency_profile import Steps
+from gemcutter.bench.roof import Roof
 from gemcutter.model import cost
 from gemcutter.model.cost import Part, Work
 from gemcutter.spec import ModelSpec
@@ -38,27 +38,27 @@ class Roofline:
 
 
 def decode_roofline(
-    spec: ModelSpec, latency: Latency, batch: int, element: int, kv_element: int, ceiling: Ceiling
+    spec: ModelSpec, latency: Latency, batch: int, element: int, kv_element: int, roof: Roof
 ) -> Roofline:
     """Of one step. Bytes of a weight, and of a value in the cache."""
     work = cost.step_work(spec, batch, 1, latency.context, element, kv_element)
     moved = cost.decode_bytes(spec, batch, latency.context, element, kv_element)
     flops = sum(part.flops for part in work.values())
-    rows = _rows(work, latency.decode, PROFILED_STEPS, ceiling)
-    return Roofline(rows, Work(moved, flops).seconds(*ceiling), latency.tpot)
+    rows = _rows(work, latency.decode, PROFILED_STEPS, roof)
+    return Roofline(rows, Work(moved, flops).seconds(*roof), latency.tpot)
 
 
 def prefill_roofline(
-    spec: ModelSpec, latency: Latency, batch: int, input_len: int, element: int, kv_element: int, ceiling: Ceiling
+    spec: ModelSpec, latency: Latency, batch: int, input_len: int, element: int, kv_element: int, roof: Roof
 ) -> Roofline:
     """Of all steps until every request has a token."""
     work = cost.step_work(spec, batch, input_len, input_len, element, kv_element)
     moved = cost.prefill_bytes(spec, batch, input_len, element)
     flops = sum(part.flops for part in work.values())
-    return Roofline(_rows(work, latency.prefill, 1, ceiling), Work(moved, flops).seconds(*ceiling), latency.ttft)
+    return Roofline(_rows(work, latency.prefill, 1, roof), Work(moved, flops).seconds(*roof), latency.ttft)
 
 
-def _rows(work: dict[Part, Work], steps: Steps, count: int, ceiling: Ceiling) -> list[Row]:
+def _rows(work: dict[Part, Work], steps: Steps, count: int, roof: Roof) -> list[Row]:
     """In the order of Part; parts that neither ran nor must are left out."""
     seconds, launches = steps.seconds(), steps.launches()
     whole = sum(seconds.values())
@@ -74,7 +74,7 @@ def _rows(work: dict[Part, Work], steps: Steps, count: int, ceiling: Ceiling) ->
                 launches.get(part, 0) / count,
                 needed and needed.bytes,
                 needed and needed.flops,
-                needed and needed.seconds(*ceiling),
+                needed and needed.seconds(*roof),
                 measured / count,
                 measured / whole if whole else 0.0,
             )

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     from gemcutter.bench import latency as bench
     from gemcutter.bench import latency_roofline as roofline
-    from gemcutter.bench.latency_ceiling import measure_ceiling
+    from gemcutter.bench.roof import measure_roof
     from gemcutter.checkpoint.load import quantize_on_load
     from gemcutter.engine import Engine
     from gemcutter.run.device import resolve_device
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, dtype_name)
     console = Console()
     console.width = max(console.width, WIDTH)
-    ceiling = measure_ceiling(device, dtype)
+    roof = measure_roof(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the engine counts what is free
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     console.print(
-        f"{name}: copy {ceiling.bandwidth / 1e12:.3g} TB/s, {dtype_name} matmul {ceiling.flops / 1e12:.3g} TFLOP/s",
+        f"{name}: copy {roof.bandwidth / 1e12:.3g} TB/s, {dtype_name} matmul {roof.flops / 1e12:.3g} TFLOP/s",
         highlight=False,
         markup=False,
     )
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     batch, input_len = args.batch_size, args.input_len
     elements = dtype.itemsize, DTYPE_BYTES[engine.config.kv_cache_dtype]
     parts = {
-        "decode": roofline.decode_roofline(spec, latency, batch, *elements, ceiling),
-        "prefill": roofline.prefill_roofline(spec, latency, batch, input_len, *elements, ceiling),
+        "decode": roofline.decode_roofline(spec, latency, batch, *elements, roof),
+        "prefill": roofline.prefill_roofline(spec, latency, batch, input_len, *elements, roof),
     }
     says = {"decode": "one step: time per token", "prefill": "all of the prompts: time to first token"}
     for phase, one in parts.items():
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
         "input_len": input_len,
         "output_len": args.output_len,
         "context": latency.context,
-        "copy_bytes_per_s": ceiling.bandwidth,
-        "matmul_flops_per_s": ceiling.flops,
+        "copy_bytes_per_s": roof.bandwidth,
+        "matmul_flops_per_s": roof.flops,
         "ttft_ms": latency.ttft * 1e3,
         "tpot_ms": latency.tpot * 1e3,
         **{phase: _plain(one) for phase, one in parts.items()},

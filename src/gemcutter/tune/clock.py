@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gemcutter.bench.latency_ceiling import Ceiling
+from gemcutter.bench.roof import Roof
 from gemcutter.bench.timing import GRAPH_SECONDS, Graph, time_graphs
 from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape
@@ -24,9 +24,9 @@ ROUTINGS = 4  # calls in turn, each of its own tokens
 class Clock:
     """Holds weights; `take` sets the number of tokens that all else is about."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, ceiling: Ceiling) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, roof: Roof) -> None:
         e, _, h, n = self.shape = shape
-        self.dtype, self.device, self.ceiling = dtype, device, ceiling
+        self.dtype, self.device, self.roof = dtype, device, roof
         self._weights = [(self._matrix(e, 2 * n, h), self._matrix(e, h, n)) for _ in range(COPIES)]
         self.take(1)
 
@@ -94,4 +94,4 @@ class Clock:
         slots = self.tokens * k
         rows = (slots * (h + 2 * n) + self.tokens * h) * 2
         moved = hit * 3 * n * h * self.dtype.itemsize + rows
-        return max(moved / self.ceiling.bandwidth, 6 * slots * n * h / self.ceiling.flops)
+        return max(moved / self.roof.bandwidth, 6 * slots * n * h / self.roof.flops)

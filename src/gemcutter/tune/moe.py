@@ -8,7 +8,7 @@ import torch
 import triton
 
 import gemcutter
-from gemcutter.bench.latency_ceiling import measure_ceiling
+from gemcutter.bench.roof import measure_roof
 from gemcutter.ops.experts_table import Plan, Shape, Table, read_table, write_table
 from gemcutter.tune.ahead import compile_ahead
 from gemcutter.tune.clock import Clock
@@ -35,7 +35,7 @@ def tune_moe(shape: Shape, dtype: str, device: str, out: Path, buckets: Sequence
     kind, where = getattr(torch, dtype), torch.device("cuda", torch.cuda.current_device())
     if left:
         _compile(shape, kind, left, task)
-    clock = Clock(shape, kind, where, measure_ceiling(where, kind))
+    clock = Clock(shape, kind, where, measure_roof(where, kind))
     measured = task("measure", sum(len(each) for tokens in left for each in tiles(kind, shape, tokens)))
     for tokens in left:
         clock.take(tokens)

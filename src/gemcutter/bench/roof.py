@@ -13,12 +13,14 @@ CPU_SIDE = 1024
 CPU_COPY = 1 << 28  # bytes, past any cache
 
 
-class Ceiling(NamedTuple):
+class Roof(NamedTuple):
+    """The two sides of a roofline."""
+
     bandwidth: float  # bytes/s, read and written together
     flops: float  # FLOP/s
 
 
-def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """Medians of several tries; a GPU's in CUDA graphs."""
     side = GPU_SIDE if device.type == "cuda" else CPU_SIDE
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -26,11 +28,11 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
         with torch.cuda.device(device):
             product = functools.partial(_fp8_product if dtype == torch.float8_e4m3fn else torch.matmul, left, right)
             [seconds] = timing.time_graphs([timing.Graph([product] * 4)])
-            return Ceiling(timing.measure_ceiling().bandwidth, 2 * side**3 / seconds)
+            return Roof(timing.measure_ceiling().bandwidth, 2 * side**3 / seconds)
     source = torch.ones(CPU_COPY, dtype=torch.uint8)
     target = torch.empty_like(source)
     copied, multiplied = _best(lambda: target.copy_(source)), _best(lambda: left @ right)
-    return Ceiling(2 * CPU_COPY / copied, 2 * side**3 / multiplied)
+    return Roof(2 * CPU_COPY / copied, 2 * side**3 / multiplied)
 
 
 def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
