@@ -17,9 +17,7 @@ from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.load import load
-from gemcutter.model import plain
 from gemcutter.model.models import MODELS as FAMILIES
-from gemcutter.ops.linear import linear
 from gemcutter.spec import Family
 from gemcutter.verify.compare import count_differing
 
@@ -132,45 +130,3 @@ def test_gpu_logits_are_those_of_the_references(name, tmp_path):
         assert set(calls) == called_by(spec), set(calls) ^ called_by(spec)
         assert not differing(got, want, spec)
         print(f"{name}: {sum(x.numel() for x in want[0])} logits, none differs; calls {dict(calls)}")
-
-
-def launches(run) -> int:
-    """Kernels, copies and fills on the GPU."""
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CUTS)
-@torch.inference_mode()
-def test_gpu_launches_of_a_layer(name, tmp_path):
-    """Of one decoded token: prints a row of docs/kernels.md for each kind of layer."""
-    spec, weights = build(name, tmp_path)
-    case = Case(spec, weights, [50])
-    _, pool = case.run()
-    batch = step_batch(torch.tensor([7], device="cuda"), [(50, 51)], case.tables)
-    hidden = torch.randn(1, spec.hidden, device="cuda").bfloat16()
-    followers = [*weights.layers[1:], weights.layers[0]]
-    own = torch.randn(1, spec.ple_width, device="cuda").bfloat16() if spec.ple_width else None
-    seen, shared = set(), {}
-    for layer, w, following in zip(spec.layers, weights.layers, followers, strict=True):
-        projected = linear(hidden, w.qkv)
-
-        def ops(layer=layer, w=w, following=following, projected=projected):
-            case.model.decoder_layer(layer, w, following, hidden, projected, own, batch, pool)
-
-        def eager(layer=layer, w=w):
-            plain.decoder_layer(spec, layer, w, hidden, own, shared)
-
-        fused, as_hf = launches(ops), launches(eager)
-        with swapped("CUDA", **{op: reference(op) for op in REFERENCES}):
-            unfused = launches(ops)
-        if (kind := (layer.kind, layer.owns_kv)) not in seen:
-            seen.add(kind)
-            what = f"{layer.kind.value}{'' if layer.owns_kv else ', reads shared K/V'}"
-            print(f"| {name} | {what} | {as_hf} | {unfused} | {fused} |")
-        assert fused < unfused
