@@ -5,8 +5,8 @@ from enum import StrEnum
 import triton
 import triton.language as tl
 
-from gemcutter.ops.geglu import geglu_launch, geglu_reference, gelu_tanh
-from gemcutter.ops.swiglu import silu, swiglu_launch, swiglu_reference
+from gemcutter.ops.geglu import geglu_reference, gelu_tanh
+from gemcutter.ops.swiglu import silu, swiglu_reference
 
 
 class Activation(StrEnum):
@@ -18,7 +18,6 @@ class Activation(StrEnum):
 
 # Of [T, 2I], gate then up: [T, I].
 REFERENCES = {Activation.GELU_TANH: geglu_reference, Activation.SILU: swiglu_reference}
-LAUNCHES = {Activation.GELU_TANH: geglu_launch, Activation.SILU: swiglu_launch}
 
 
 def check_activation(activation: str) -> None:

@@ -53,18 +53,24 @@ def select_experts(
 
 
 def check_select_experts(logits: torch.Tensor, per_expert_scale: torch.Tensor, top_k: int) -> None:
-    check_matrix("logits", logits)
-    experts = logits.shape[1]
-    if experts > MAX_EXPERTS:
-        raise ValueError(f"logits have {experts} experts: up to {MAX_EXPERTS}, as far as PyTorch's sum is known")
-    if not 1 <= top_k <= min(experts, MAX_TOP_K):
-        raise ValueError(f"top_k is {top_k} of {experts} experts: 1 to {min(experts, MAX_TOP_K)} are taken")
+    experts = check_choice(logits, top_k)
     if per_expert_scale.dtype not in FLOATS or per_expert_scale.device != logits.device:
         got = f"{per_expert_scale.dtype} on {per_expert_scale.device}"
         raise TypeError(f"per_expert_scale is {got}: a float dtype on {logits.device} is needed")
     if per_expert_scale.shape != (experts,) or not per_expert_scale.is_contiguous():
         got = f"shape {tuple(per_expert_scale.shape)}, strides {per_expert_scale.stride()}"
         raise ValueError(f"per_expert_scale has {got}: one dense scale for each of {experts} experts is needed")
+
+
+def check_choice(logits: torch.Tensor, top_k: int) -> int:
+    """How many experts there are."""
+    check_matrix("logits", logits)
+    experts = logits.shape[1]
+    if experts > MAX_EXPERTS:
+        raise ValueError(f"logits have {experts} experts: up to {MAX_EXPERTS} are taken")
+    if not 1 <= top_k <= min(experts, MAX_TOP_K):
+        raise ValueError(f"top_k is {top_k} of {experts} experts: 1 to {min(experts, MAX_TOP_K)} are taken")
+    return experts
 
 
 def select_experts_reference(
@@ -77,7 +83,7 @@ def select_experts_reference(
 
 
 @triton.jit
-def _sum_of_lanes(x, lane, WIDTH: tl.constexpr):
+def sum_of_lanes(x, lane, WIDTH: tl.constexpr):
     """The first WIDTH lanes, a power of two, get their sum, added across distances WIDTH / 2 ... 4, 2, 1."""
     for log_distance in tl.static_range(4, -1, -1):
         if (1 << log_distance) < WIDTH:
@@ -86,17 +92,40 @@ def _sum_of_lanes(x, lane, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _as_ordered(bits):
+def as_ordered(bits):
     """A float's bits as an integer that orders like the float, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _greatest(parts, COUNT: tl.constexpr):
+def greatest(parts, COUNT: tl.constexpr):
     best = parts[0]
     for i in tl.static_range(1, COUNT):
         best = tl.maximum(best, parts[i])
-    return best
+    return tl.max(best, axis=0)
+
+
+@triton.jit
+def take_greatest(left, lane, GONE: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr):
+    """The greatest of a row in parts, its lowest expert, and the row with GONE in that one's place."""
+    best = greatest(left, PARTS)
+    candidate = tl.full([LANES], E, tl.int32)
+    for i in tl.static_range(PARTS - 1, -1, -1):
+        candidate = tl.where(left[i] == best, lane + i * LANES, candidate)
+    chosen = tl.min(candidate, axis=0)
+    rest = ()
+    for i in tl.static_range(PARTS):
+        rest += (tl.where(lane + i * LANES == chosen, GONE, left[i]),)
+    return best, chosen, rest
+
+
+@triton.jit
+def at_experts(parts, ids, PARTS: tl.constexpr):
+    """The numbers of these experts, float32, out of a row in parts."""
+    found = tl.zeros([LANES], tl.float32)
+    for i in tl.static_range(PARTS):
+        found = tl.where(ids // LANES == i, tl.gather(parts[i].to(tl.float32), ids % LANES, 0), found)
+    return found
 
 
 @triton.jit
@@ -155,15 +184,15 @@ def _select_kernel(
         expert = lane + i * LANES
         part = tl.load(logits_ptr + expert, mask=expert < E, other=float("-inf")).to(tl.float32)
         x += (part,)
-        order += (_as_ordered(part.to(tl.int32, bitcast=True)),)
+        order += (as_ordered(part.to(tl.int32, bitcast=True)),)
 
     # Of integers, since a warp has an instruction for their greatest.
-    top = _as_ordered(tl.max(_greatest(order, PARTS), axis=0)).to(tl.float32, bitcast=True)
+    top = as_ordered(greatest(order, PARTS)).to(tl.float32, bitcast=True)
     powers, total = (), tl.zeros([LANES], tl.float32)
     for i in tl.static_range(PARTS):
         powers += (libdevice.exp(x[i] - top),)
         total += powers[i]
-    total = _sum_of_lanes(total, lane, LANES)  # equal in all lanes
+    total = sum_of_lanes(total, lane, LANES)  # equal in all lanes
 
     # Probabilities are not negative: their bits order like them. All NaN are one value.
     left = ()
@@ -174,15 +203,7 @@ def _select_kernel(
     key, entry = tl.full([LANES], 0, tl.int32), tl.full([LANES], PADDING, tl.int32)
     rank, before = -1, -1
     for place in range(TOP_K):
-        best = tl.max(_greatest(left, PARTS), axis=0)
-        candidate = tl.full([LANES], E, tl.int32)
-        for i in tl.static_range(PARTS - 1, -1, -1):
-            candidate = tl.where(left[i] == best, lane + i * LANES, candidate)
-        chosen = tl.min(candidate, axis=0)
-        rest = ()
-        for i in tl.static_range(PARTS):
-            rest += (tl.where(lane + i * LANES == chosen, -1, left[i]),)
-        left = rest
+        best, chosen, left = take_greatest(left, lane, -1, E, PARTS)
         rank += (best != before).to(tl.int32)
         before = best
         key = tl.where(lane == place, best, key)
@@ -194,13 +215,16 @@ def _select_kernel(
     ids = entry & ID_MASK
 
     inside = lane < TOP_K
-    scale = tl.zeros([LANES], tl.float32)
-    for i in tl.static_range(PARTS):
-        scale = tl.where(ids // LANES == i, tl.gather(scales[i].to(tl.float32), ids % LANES, 0), scale)
+    scale = at_experts(scales, ids, PARTS)
     weight = key.to(tl.float32, bitcast=True)
-    weight = tl.div_rn(weight, _sum_of_lanes(weight, lane, WIDTH))
+    weight = tl.div_rn(weight, sum_of_lanes(weight, lane, WIDTH))
     tl.store(ids_ptr + row * TOP_K + lane, ids.to(tl.int64), mask=inside)
     tl.store(weights_ptr + row * TOP_K + lane, weight * scale, mask=inside)
+
+
+def chained_rows(logits: torch.Tensor) -> dict[str, bool]:
+    """Unless two kernels do not fit on the card: programs that wait for the first one slow it, 10.4 µs for 7.7."""
+    return chained(logits) if len(logits) <= HALF_WAVE else {"CHAINED": False}
 
 
 def select_experts_launch(
@@ -209,13 +233,11 @@ def select_experts_launch(
     tokens, num_experts = logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    # Where two kernels do not fit on the card, the programs that wait for the first one slow it: 10.4 µs for 7.7.
-    chain = chained(logits) if tokens <= HALF_WAVE else {"CHAINED": False}
     if tokens:
         _select_kernel[(tokens,)](
             logits, per_expert_scale, ids, weights, logits.stride(0),
             E=num_experts, TOP_K=top_k, WIDTH=triton.next_power_of_2(top_k),
-            num_warps=1, enable_fp_fusion=False, **chain,
+            num_warps=1, enable_fp_fusion=False, **chained_rows(logits),
         )  # fmt: skip
     return ids, weights
 

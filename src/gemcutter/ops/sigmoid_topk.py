@@ -14,13 +14,18 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from gemcutter.ops.arguments import check_matrix
-from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.chain import join, release
 from gemcutter.ops.library import define
+from gemcutter.ops.select_experts import (
+    LANES,
+    as_ordered,
+    at_experts,
+    chained_rows,
+    check_choice,
+    sum_of_lanes,
+    take_greatest,
+)
 
-LANES = tl.constexpr(32)
-MAX_EXPERTS, MAX_TOP_K = 1024, 32
-HALF_WAVE = 2048  # programs of a warp, of which a multiprocessor holds 32
 LEAST = 1e-20  # added to a sum of scores
 
 
@@ -47,12 +52,7 @@ def sigmoid_topk(
 
 
 def check_sigmoid_topk(logits, correction, top_k, renormalise, scale) -> None:
-    check_matrix("logits", logits)
-    experts = logits.shape[1]
-    if experts > MAX_EXPERTS:
-        raise ValueError(f"logits have {experts} experts: up to {MAX_EXPERTS} are taken")
-    if not 1 <= top_k <= min(experts, MAX_TOP_K):
-        raise ValueError(f"top_k is {top_k} of {experts} experts: 1 to {min(experts, MAX_TOP_K)} are taken")
+    experts = check_choice(logits, top_k)
     for name, x in dict(logits=logits, correction=correction).items():
         if x.dtype != torch.float32 or x.device != logits.device:
             raise TypeError(f"{name} is {x.dtype} on {x.device}: float32 on {logits.device} is needed")
@@ -83,13 +83,6 @@ def _sum_by_halves(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _as_ordered(x):
-    """Floats as integers that order like them, -0.0 below 0.0; every NaN is the same, above all numbers."""
-    bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _sigmoid_topk_kernel(
     logits_ptr, correction_ptr, ids_ptr, weights_ptr, row_stride, least, scale,
     E: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, RENORMALISE: tl.constexpr, CHAINED: tl.constexpr,
@@ -110,33 +103,18 @@ def _sigmoid_topk_kernel(
         # As PyTorch's CUDA kernel has it.
         score = tl.div_rn(tl.full([LANES], 1.0, tl.float32), 1.0 + libdevice.exp(0.0 - x))
         scores += (score,)
-        left += (tl.where(expert < E, _as_ordered(score + corrections[i]), -0x80000000),)
+        total = score + corrections[i]
+        bits = tl.where(total == total, total.to(tl.int32, bitcast=True), 0x7FC00000)  # all NaN are one value
+        left += (tl.where(expert < E, as_ordered(bits), -0x80000000),)
 
-    ids, weights = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.float32)
+    ids = tl.zeros([LANES], tl.int32)
     for place in tl.static_range(TOP_K):
-        best = left[0]
-        for i in tl.static_range(1, PARTS):
-            best = tl.maximum(best, left[i])
-        best = tl.max(best, axis=0)
-        candidate = tl.full([LANES], E, tl.int32)
-        for i in tl.static_range(PARTS - 1, -1, -1):
-            candidate = tl.where(left[i] == best, lane + i * LANES, candidate)
-        chosen = tl.min(candidate, axis=0)
-        rest = ()
-        for i in tl.static_range(PARTS):
-            rest += (tl.where(lane + i * LANES == chosen, -0x80000000, left[i]),)
-        left = rest
+        _, chosen, left = take_greatest(left, lane, -0x80000000, E, PARTS)
         ids = tl.where(lane == place, chosen, ids)
-    for i in tl.static_range(PARTS):
-        weights = tl.where(ids // LANES == i, tl.gather(scores[i], ids % LANES, 0), weights)
     inside = lane < TOP_K
-    weights = tl.where(inside, weights, 0.0)
+    weights = tl.where(inside, at_experts(scores, ids, PARTS), 0.0)
     if RENORMALISE:
-        total = weights
-        for log_distance in tl.static_range(4, -1, -1):
-            if (1 << log_distance) < WIDTH:
-                total += tl.gather(total, lane ^ (1 << log_distance), 0)
-        weights = tl.div_rn(weights, total + least)
+        weights = tl.div_rn(weights, sum_of_lanes(weights, lane, WIDTH) + least)
     tl.store(ids_ptr + row * TOP_K + lane, ids.to(tl.int64), mask=inside)
     tl.store(weights_ptr + row * TOP_K + lane, weights * scale, mask=inside)
 
@@ -145,13 +123,11 @@ def sigmoid_topk_launch(logits, correction, top_k, renormalise, scale) -> tuple[
     tokens, num_experts = logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    # Where two kernels do not fit on the card, the programs that wait for the first one slow it.
-    chain = chained(logits) if tokens <= HALF_WAVE else {"CHAINED": False}
     if tokens:
         _sigmoid_topk_kernel[(tokens,)](
             logits, correction, ids, weights, logits.stride(0), LEAST, scale,
             E=num_experts, TOP_K=top_k, WIDTH=triton.next_power_of_2(top_k), RENORMALISE=renormalise,
-            num_warps=1, enable_fp_fusion=False, **chain,
+            num_warps=1, enable_fp_fusion=False, **chained_rows(logits),
         )  # fmt: skip
     return ids, weights
 
