@@ -110,7 +110,10 @@ def _chosen(plan: Plan, quantization: Quantization, ignore: list[str]) -> set[st
     table = linears(plan.spec, plan.prefix, apart)
     for pattern in ignore:
         if schemes_of(table, replace(quantization, ignore=(pattern,))).keys() == table.keys():
-            raise CheckpointError(f"--ignore {pattern!r} matches no linear of the text model")
+            raise CheckpointError(
+                f"--ignore {pattern!r} matches no linear of the text model; give a name as the files have it, but "
+                "for its .weight, or re: and a pattern that matches from the name's beginning"
+            )
     return set(schemes_of(table, quantization))
 
 

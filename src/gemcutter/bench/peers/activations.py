@@ -22,19 +22,20 @@ def _vllm_activate(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for rows in e4m3, and for a scale of each."""
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
 
 def _sgl_quantize(x: torch.Tensor) -> list[torch.Tensor]:
-    q, scale = _quantized(x)
+    q, scale = empty_fp8(x)
     sgl_kernel().sgl_per_token_quant_fp8(x, q, scale)
     return [q, scale]
 
 
 def _vllm_quantize(x: torch.Tensor) -> list[torch.Tensor]:
-    q, scale = _quantized(x)
+    q, scale = empty_fp8(x)
     vllm_ops()[0].dynamic_per_token_scaled_fp8_quant(q, x, scale, None)
     return [q, scale]
 
@@ -57,7 +58,7 @@ def _vllm_norm_quantize(x, weight, eps, residual):
     weight = torch.ones(x.shape[1], dtype=x.dtype, device=x.device) if weight is None else weight
 
     def call():
-        q, scale = _quantized(x)
+        q, scale = empty_fp8(x)
         vllm_ops()[0].rms_norm_dynamic_per_token_quant(q, x, weight, scale, eps, None, residual)
         return [q, scale] if residual is None else [q, scale, residual]
 

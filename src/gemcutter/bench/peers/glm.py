@@ -5,6 +5,7 @@ Their routing returns ids that follow another order, and their rope is a launch 
 
 import torch
 
+from gemcutter.bench.peers.activations import empty_fp8
 from gemcutter.bench.peers.packages import sgl_kernel, vllm_ops
 from gemcutter.bench.peers.peer import Peer
 
@@ -49,11 +50,6 @@ def _vllm_norm(x, weight, eps):
     return call
 
 
-def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-
-
 def _sgl_add_norm(x, residual, weight, eps, slots, ids, weights, plain, fp8):
     """The experts' weights are in their down product."""
     weighted = None if slots is None else (slots * weights[..., None]).to(slots.dtype)
@@ -66,7 +62,7 @@ def _sgl_add_norm(x, residual, weight, eps, slots, ids, weights, plain, fp8):
         sgl_kernel().fused_add_rmsnorm(x, residual, weight, eps, True)
         results = [residual, x] if plain else [residual]
         if fp8:
-            q, scale = _quantized(x)
+            q, scale = empty_fp8(x)
             sgl_kernel().sgl_per_token_quant_fp8(x, q, scale)
             results += [q, scale]
         return results
@@ -83,13 +79,13 @@ def _vllm_add_norm(x, residual, weight, eps, slots, ids, weights, plain, fp8):
             vllm_ops()[1].moe_sum(weighted, added)
             x.add_(added)
         if fp8 and not plain:
-            q, scale = _quantized(x)
+            q, scale = empty_fp8(x)
             vllm_ops()[0].rms_norm_dynamic_per_token_quant(q, x, weight, scale, eps, None, residual)
             return [residual, q, scale]
         vllm_ops()[0].fused_add_rms_norm(x, residual, weight, eps)
         results = [residual, x]
         if fp8:
-            q, scale = _quantized(x)
+            q, scale = empty_fp8(x)
             vllm_ops()[0].dynamic_per_token_scaled_fp8_quant(q, x, scale, None)
             results += [q, scale]
         return results
