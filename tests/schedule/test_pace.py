@@ -73,6 +73,32 @@ def test_an_unknown_kind_of_step_is_not_waited_for():
     assert desk.pace.left == 0  # nothing is under way
 
 
+def test_a_step_that_began_unseen_teaches_nothing():
+    """An eager one is under way long before the host has launched the last of it."""
+    desk = Desk()
+    desk.step(plan(3), device=1.0, host=0.2, at_once=False)
+    desk.read()
+    desk.step(plan(3), device=1.0, host=0.0)
+    assert desk.pace.left == 0
+
+
+@pytest.mark.parametrize("known, other, alike", [(24, 25, True), (24, 26, False), (2, 3, False), (15, 14, False)])
+def test_steps_of_about_as_many_rows_are_of_a_kind(known, other, alike):
+    desk = Desk()
+    for rows in (known, known, other):
+        desk.step(plan(rows), device=1.0, host=0.0)
+    assert (desk.pace.left > 0) == alike
+
+
+def test_a_host_that_comes_late_to_plan_is_reckoned_with():
+    desk = Desk()
+    for _ in range(3):
+        desk.step(plan(3), device=1.0, host=0.0)
+    desk.now += desk.pace.left + 0.3
+    desk.step(plan(3), device=1.0, host=0.1)
+    assert desk.pace.left == pytest.approx(1.0 - 0.3 - 0.1 - MARGIN)
+
+
 @pytest.mark.parametrize("host", [0.0002, 0.0015, 0.01, 0.02])
 def test_a_host_slower_than_the_device_never_waits(host):
     """Beyond 20 ms the device waits for it whatever is done; nothing is added to that."""

@@ -47,6 +47,23 @@ def test_receives_what_is_there_and_waits_as_long_as_told(ends):
     assert here.receive(30) == [b"cut"]
 
 
+def test_a_message_that_trickles_in_prolongs_no_wait(ends):
+    there, here = ends[0], Pipe(ends[1])
+    pieces = iter(frame(bytes(200)))
+
+    def trickle() -> None:
+        for piece in pieces:
+            there.sendall(bytes([piece]))
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    begin = time.monotonic()
+    assert here.receive(0.1) == [] and time.monotonic() - begin < 1
+    assert here.receive(30) == [bytes(200)]
+    thread.join()
+
+
 def test_large_messages_cross_in_both_directions_at_once(ends):
     sides = [Pipe(end) for end in ends]
     sent = [random.Random(i).randbytes(3_000_000) for i in range(2)]
