@@ -23,23 +23,30 @@ def hand_out(ptr, scale_ptr, xs, row, H: tl.constexpr, PARTS: tl.constexpr, PART
     if scale_ptr is None:
         store_row(ptr + row * H, xs, None, H, PARTS, PART)
     else:
-        ys = ()
-        for part in tl.static_range(PARTS):
-            y = xs[part].to(tl.float32)
-            if (
-                part * PART + PART > H
-            ):  # past the row's end 0 times an infinite factor is NaN, the largest of its row
-                y = tl.where(columns(PART) < H - part * PART, y, 0.0)
-            ys += (y,)
-        largest = tl.abs(ys[0])
-        for part in tl.static_range(1, PARTS):
-            largest = tl.maximum(largest, tl.abs(ys[part]), propagate_nan=tl.PropagateNan.ALL)
-        peak = tl.max(magnitudes(largest))
-        qs = ()
-        for part in tl.static_range(PARTS):
-            qs += (quantized_bits(ys[part], peak, xs[0].dtype != tl.float32),)
+        qs, scale = quantised(xs, columns(PART), H)
         store_row(ptr + row * H, qs, None, H, PARTS, PART)
-        tl.store(scale_ptr + row, scale_of(peak))
+        tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def quantised(xs, col, H: tl.constexpr):
+    """A row's parts as the bits of e4m3, and its scale. col: the columns of a part."""
+    PART: tl.constexpr = xs[0].shape[1]
+    ys = ()
+    for part in tl.static_range(len(xs)):
+        y = xs[part].to(tl.float32)
+        # Past the row's end 0 times an infinite factor is NaN, the largest of its row.
+        if part * PART + PART > H:
+            y = tl.where(col < H - part * PART, y, 0.0)
+        ys += (y,)
+    largest = tl.abs(ys[0])
+    for part in tl.static_range(1, len(xs)):
+        largest = tl.maximum(largest, tl.abs(ys[part]), propagate_nan=tl.PropagateNan.ALL)
+    peak = tl.max(magnitudes(largest))
+    qs = ()
+    for part in tl.static_range(len(xs)):
+        qs += (quantized_bits(ys[part], peak, xs[0].dtype != tl.float32),)
+    return qs, scale_of(peak)
 
 
 def empty_rows(like: torch.Tensor, fp8: bool) -> list[torch.Tensor]:

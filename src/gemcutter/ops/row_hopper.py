@@ -6,9 +6,10 @@ Parts of 1024 columns, 8 a thread, as tuples that `row.py`'s functions take.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from gemcutter.ops.row_fp8 import quantised
+
 PART = gl.constexpr(1024)
 LANES = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [1, 4], [1, 0]))
-TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of 64 columns, as wgmma reads them
 memory = gl.shared_memory_descriptor
 view = getattr(memory, "reinterpret", None) or memory._reinterpret
 
@@ -37,12 +38,41 @@ def store_row(ptr, xs, H: gl.constexpr):
 
 
 @gluon.jit
-def put_row(chunks, xs):
-    """Into the first of the 8 rows of chunks of 64 columns, [chunks, 8, 64], where the swizzle moves nothing.
+def store_quantised_row(ptr, scale_ptr, xs, H: gl.constexpr):
+    qs, scale = quantised(xs, gl.arange(0, PART, gl.SliceLayout(0, LANES))[None, :], H)
+    store_row(ptr, qs, H)
+    gl.store(scale_ptr, scale)
 
-    The other rows stay as they are: what wgmma makes of them nobody reads.
+
+@gluon.jit
+def chunks(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr):
+    """Shared memory for COUNT tiles of ROWS rows by 128 bytes, as wgmma reads them."""
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
+    return gl.allocate_shared_memory(dtype, [COUNT, ROWS, 1024 // BITS], tile)
+
+
+@gluon.jit
+def chunks_of(memory, dtype: gl.constexpr):
+    """The same tiles for another dtype."""
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
+    return view(memory, dtype, [memory.shape[0], memory.shape[1], 1024 // BITS], tile)
+
+
+@gluon.jit
+def put_row(x_chunks, xs, H: gl.constexpr):
+    """Into the first of the 8 rows of chunks, where the swizzle moves nothing, as e4m3 if they are.
+
+    Returns the scale, or None. The other rows stay as they are: what wgmma makes of them nobody reads.
     """
+    COLS: gl.constexpr = x_chunks.shape[2]
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    parts = view(chunks, chunks.dtype, [len(xs), PART // 64, 8, 64], flat)
+    parts = view(x_chunks, x_chunks.dtype, [x_chunks.shape[0] * COLS // PART, PART // COLS, 8, COLS], flat)
+    scale = None
+    if x_chunks.dtype.primitive_bitwidth == 8:
+        xs, scale = quantised(xs, gl.arange(0, PART, gl.SliceLayout(0, LANES))[None, :], H)
     for part in gl.static_range(len(xs)):
-        parts.index(part).slice(0, 1, dim=1).store(xs[part].reshape([PART // 64, 1, 64]))
+        x = xs[part].to(x_chunks.dtype, bitcast=True)
+        parts.index(part).slice(0, 1, dim=1).store(x.reshape([PART // COLS, 1, COLS]))
+    return scale

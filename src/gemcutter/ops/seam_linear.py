@@ -2,23 +2,18 @@
 
 That is its normed residual, for the next layer's projection; or the residual itself, where the per-layer input of
 E2B and E4B comes next, whose gate then goes through `gelu_mul`. The bits are those of these ops. One token in
-bfloat16 or float16 takes one launch on Hopper.
+bfloat16 or float16, by a weight of that dtype or in FP8, takes one launch on Hopper.
 """
 
 import torch
 
 from gemcutter.ops.arguments import check_matrix
-from gemcutter.ops.geglu import gelu_mul, gelu_mul_launch, gelu_mul_reference
-from gemcutter.ops.layer_seam import (
-    Routed,
-    check_layer_seam,
-    layer_seam,
-    layer_seam_launch,
-    layer_seam_reference,
-)
+from gemcutter.ops.geglu import gelu_mul_launch, gelu_mul_reference
+from gemcutter.ops.layer_seam import Routed, check_layer_seam, layer_seam_launch, layer_seam_reference
 from gemcutter.ops.library import define
-from gemcutter.ops.linear import check_linear, linear, linear_launch, linear_reference
-from gemcutter.ops.quantize_fp8 import Quantized
+from gemcutter.ops.linear import check_linear, linear_launch, linear_reference
+from gemcutter.ops.linear_fp8 import check_linear_fp8, linear_fp8_launch, linear_fp8_reference
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 from gemcutter.ops.seam_linear_hopper import stream_seam_linear
 from gemcutter.ops.seam_stream_hopper import streams_behind_seam
 
@@ -49,22 +44,19 @@ def seam_linear(
     Raises:
         TypeError, ValueError: on other dtypes, shapes and strides.
     """
-    if isinstance(weight, Quantized):
-        hidden, next_in = layer_seam(out, residual, post, eps, scalar, next_norm, routed, weight)
-        product = linear(hidden if next_in is None else next_in, weight)
-        return hidden, product if factor is None else gelu_mul(product, factor)
-    hidden, product = _seam_linear(
-        out, residual, post, eps, weight, scalar, next_norm, *(routed or (None,) * 5), factor, settled
-    )
-    return hidden, product
+    given = out, residual, post, eps, *pair_of(weight), scalar, next_norm, *(routed or (None,) * 5), factor, settled
+    return _seam_linear(*given)
 
 
 def check_seam_linear(
-    out, residual, post, eps, weight, scalar, next_norm, routed, dense_post, expert_post, ids, weights, factor,
-    settled,
+    out, residual, post, eps, weight, weight_scale, scalar, next_norm, routed, dense_post, expert_post, ids,
+    weights, factor, settled,
 ) -> None:  # fmt: skip
     check_layer_seam(out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights)
-    check_linear(out, weight)
+    if weight_scale is None:
+        check_linear(out, weight)
+    else:
+        check_linear_fp8(out, None, weight, weight_scale, None)
     if factor is not None:
         check_matrix("factor", factor, len(weight))
         if len(factor) != len(out) or factor.dtype != out.dtype or factor.device != out.device:
@@ -73,24 +65,29 @@ def check_seam_linear(
 
 
 def seam_linear_reference(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    return _one_by_one(layer_seam_reference, linear_reference, gelu_mul_reference, *arguments)
+    return _one_by_one(layer_seam_reference, linear_reference, linear_fp8_reference, gelu_mul_reference, *arguments)
 
 
 def _one_by_one(
-    seam, product, gate, out, residual, post, eps, weight, scalar, next_norm, routed, dense_post, expert_post,
-    ids, weights, factor, settled,
+    seam, product, product_fp8, gate, out, residual, post, eps, weight, weight_scale, scalar, next_norm, routed,
+    dense_post, expert_post, ids, weights, factor, settled,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    hidden, *next_in = seam(
-        out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights
-    )  # fmt: skip
-    y = product(next_in[0] if next_in else hidden, weight)
+    fp8 = weight_scale is not None and next_norm is not None and out.dtype == torch.bfloat16
+    hidden, *rows = seam(
+        out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights, fp8
+    )
+    x, *scale = rows or [hidden]
+    if weight_scale is None:
+        y = product(x, weight)
+    else:
+        y = product_fp8(x, *(scale or [None]), weight, weight_scale, None)
     return hidden, y if factor is None else gate(y, factor)
 
 
 def seam_linear_launch(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    out, weight, routed, ids = (arguments[i] for i in (0, 4, 7, 10))
+    out, weight, routed, ids = (arguments[i] for i in (0, 4, 8, 11))
     if (routed is not None and ids is None) or not streams_behind_seam(out, weight):
-        return _one_by_one(layer_seam_launch, linear_launch, gelu_mul_launch, *arguments)
+        return _one_by_one(layer_seam_launch, linear_launch, linear_fp8_launch, gelu_mul_launch, *arguments)
     hidden, product = seam_linear_fake(*arguments)
     stream_seam_linear(*arguments, hidden, product)
     return hidden, product
@@ -101,8 +98,8 @@ def seam_linear_fake(out, residual, post, eps, weight, *others) -> tuple[torch.T
 
 
 _seam_linear = define(
-    "seam_linear(Tensor out, Tensor residual, Tensor post, float eps, Tensor weight, Tensor? scalar,"
-    " Tensor? next_norm, Tensor? routed, Tensor? dense_post, Tensor? expert_post, Tensor? ids, Tensor? weights,"
-    " Tensor? factor, bool settled) -> (Tensor, Tensor)",
+    "seam_linear(Tensor out, Tensor residual, Tensor post, float eps, Tensor weight, Tensor? weight_scale,"
+    " Tensor? scalar, Tensor? next_norm, Tensor? routed, Tensor? dense_post, Tensor? expert_post, Tensor? ids,"
+    " Tensor? weights, Tensor? factor, bool settled) -> (Tensor, Tensor)",
     check=check_seam_linear, reference=seam_linear_reference, launch=seam_linear_launch, fake=seam_linear_fake,
 )  # fmt: skip

@@ -14,10 +14,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gemcutter.ops.gate_up_hopper import activate
 from gemcutter.ops.linear_hopper import descriptor
 from gemcutter.ops.row import added, norm_factor, norm_factors, normed
-from gemcutter.ops.row_hopper import PART, TILE, load_row, put_row, store_row
+from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, store_row
 from gemcutter.ops.seam_stream_hopper import (
-    ACC,
-    CHUNKS,
+    COLUMNS,
     EARLY,
     ROWS,
     ask,
@@ -35,27 +34,27 @@ FEW_ROWS, FEW_PROGRAMS = 16, 16
 
 @gluon.jit(do_not_specialize=["count"])
 def _seam_linear_kernel(
-    desc, narrow, branch_ptr, residual_ptr, post_ptr, scalar_ptr, next_norm_ptr, slots_ptr, dense_post_ptr,
-    expert_post_ptr, ids_ptr, weights_ptr, factor_ptr, hidden_ptr, out_ptr, eps, count,
-    N: gl.constexpr, H: gl.constexpr, CHUNKS: gl.constexpr, NARROW: gl.constexpr, STAGES: gl.constexpr,
+    desc, weight_scale_ptr, branch_ptr, residual_ptr, post_ptr, scalar_ptr, next_norm_ptr, slots_ptr,
+    dense_post_ptr, expert_post_ptr, ids_ptr, weights_ptr, factor_ptr, hidden_ptr, out_ptr, eps, count,
+    N: gl.constexpr, H: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     EARLY: gl.constexpr, TOP_K: gl.constexpr, SETTLED: gl.constexpr, LAST: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
-    """Program: 64 columns of out, or NARROW where the weight is narrow. count: of tokens, 1.
+    """Program: ROWS columns of out. count: of tokens, 1. weight_scale_ptr: of weights in FP8, else None.
 
     TOP_K: slots, or 0 without experts; SETTLED: their ids and weights are. LAST: the seam scales, and norms for
     this product. GATED: out = gelu(product) * factor.
     """
-    ROWS: gl.constexpr = 64 if narrow is None else NARROW
     first = gl.program_id(0) * ROWS
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    x_chunks = gl.allocate_shared_memory(dtype, [(H + PART - 1) // PART * (PART // 64), 8, 64], TILE)
-    tiles = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, 64, 64], TILE)
+    BYTES: gl.constexpr = desc.dtype.primitive_bitwidth // 8
+    x_chunks = chunks(desc.dtype, (H + PART - 1) // PART * (PART * BYTES // 128), 8)
+    tiles = chunks(desc.dtype, STAGES * (COLUMNS * BYTES // 128), 64)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     for stage in gl.static_range(EARLY):
-        ask(desc, narrow, False, tiles, ready, stage, first, CHUNKS, NARROW, STAGES)
+        ask(desc, tiles, ready, stage, first)
     post = load_row(post_ptr, H)
     if TOP_K > 0:
         dense_post, expert_post = load_row(dense_post_ptr, H), load_row(expert_post_ptr, H)
@@ -74,7 +73,7 @@ def _seam_linear_kernel(
     rows = together(rows, count)
     x, residual = rows[0], rows[1]
     for stage in gl.static_range(EARLY, STAGES):
-        ask(desc, narrow, False, tiles, ready, stage, first, CHUNKS, NARROW, STAGES)
+        ask(desc, tiles, ready, stage, first)
     if TOP_K > 0:
         routed = ()
         for part in gl.static_range(len(x)):
@@ -86,22 +85,22 @@ def _seam_linear_kernel(
     hidden = added(residual, normed(x, norm_factor(x, eps, H), post))
     if LAST:
         hidden = normed(hidden, scalar, None)
-        put_row(x_chunks, normed(hidden, norm_factor(hidden, eps, H), next_norm))
+        scale = put_row(x_chunks, normed(hidden, norm_factor(hidden, eps, H), next_norm), H)
     else:
-        put_row(x_chunks, hidden)
+        scale = put_row(x_chunks, hidden, H)
     fence_async_shared()
     barrier()
     if first == 0:
         store_row(hidden_ptr, hidden, H)
 
-    STEPS: gl.constexpr = H // (64 * CHUNKS)
-    acc = walk(desc, narrow, False, tiles, x_chunks, ready, first, STEPS, CHUNKS, NARROW, STAGES)
-    for stage in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(stage))
-    row = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
-    col = gl.arange(0, 8, gl.SliceLayout(0, ACC))[None, :]
+    acc = walk(desc, tiles, x_chunks, ready, first, H)
+    row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
+    col = gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout))[None, :]
     at = first + row + col * 0
     held = (col == 0) & (row < ROWS) & (at < N)
+    if scale is not None:
+        acc *= gl.load(weight_scale_ptr + at, mask=held, other=0.0)
+        acc *= scale
     y = acc.to(dtype)
     if GATED:
         by = gl.load(factor_ptr + at, mask=held, other=0.0).to(gl.float32)
@@ -110,18 +109,19 @@ def _seam_linear_kernel(
 
 
 def stream_seam_linear(
-    out, residual, post, eps, weight, scalar, next_norm, slots, dense_post, expert_post, ids, weights, factor,
-    settled, hidden, product,
+    out, residual, post, eps, weight, weight_scale, scalar, next_norm, slots, dense_post, expert_post, ids, weights,
+    factor, settled, hidden, product,
 ) -> None:  # fmt: skip
     """One row."""
-    columns, depth = weight.shape
-    narrow = triton.cdiv(columns, ROWS) < FEW_PROGRAMS
-    descs = (None, descriptor(weight, [FEW_ROWS, 64])) if narrow else (boxes_of(weight), None)
-    stages = stages_of(depth)
-    _seam_linear_kernel[(triton.cdiv(columns, FEW_ROWS if narrow else ROWS),)](
-        *descs, out, residual, post, scalar, next_norm, slots, dense_post, expert_post, ids, weights, factor,
-        hidden, product, eps, 1,
-        N=columns, H=depth, CHUNKS=CHUNKS, NARROW=FEW_ROWS, STAGES=stages, EARLY=min(EARLY, stages),
+    (columns, depth), size = weight.shape, weight.itemsize
+    few = triton.cdiv(columns, ROWS) < FEW_PROGRAMS
+    rows, desc = (FEW_ROWS, descriptor(weight, [FEW_ROWS, 128 // size])) if few else (ROWS, boxes_of(weight))
+    programs = triton.cdiv(columns, rows)
+    stages = stages_of(depth, size, size, programs)
+    _seam_linear_kernel[(programs,)](
+        desc, weight_scale, out, residual, post, scalar, next_norm, slots, dense_post, expert_post, ids, weights,
+        factor, hidden, product, eps, 1,
+        N=columns, H=depth, ROWS=rows, COLUMNS=COLUMNS, STAGES=stages, EARLY=min(EARLY, stages),
         TOP_K=0 if ids is None else ids.shape[1], SETTLED=settled and ids is not None,
         LAST=next_norm is not None, GATED=factor is not None,
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,

@@ -15,14 +15,14 @@ from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
 from gemcutter.ops.load_order import after, mixed
 from gemcutter.ops.row_hopper import PART, view
 
-CHUNKS = 4  # of 64 columns a step
+COLUMNS = 256  # of weights a step
 ROWS = 64  # of weights a program
 SHARED = 216 * 1024  # bytes for x and the stages of weights
+PROCESSORS = 132
 # Stages that are asked for before the join, while the kernel ahead still needs the memory: with all five a layer of
 # E4B takes 67.2 µs in place of 66.4, with none 26B-A4B's o projection is no faster and the next kernel slower.
 EARLY = 1
-LEAST_STAGES = 5  # of 32 KiB, which rows of 3072 columns leave room for; wider ones were not measured
-ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+LEAST_STAGES = 5  # which rows of 3072 columns leave room for in 16 bits; wider ones were not measured
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
@@ -45,54 +45,38 @@ def together(rows, count):
 
 
 @gluon.jit
-def ask(
-    desc, narrow, is_narrow, tiles, ready, step, first, CHUNKS: gl.constexpr, NARROW: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """A step's weights, from row `first` on: boxes of desc, or NARROW rows of another matrix; either may be None.
+def ask(desc, tiles, ready, step, first):
+    """A step's weights, from row `first` on: a box of all of them, or of each chunk's.
 
-    tiles: CHUNKS a stage, of 64 rows by 64 columns, as wgmma reads them.
+    tiles: as many chunks for each stage as a step has, of 64 rows; of the weights' dtype.
     """
-    if narrow is None:
-        _ask_wide(desc, tiles, ready, step, first, STAGES)
-    elif desc is None:
-        _ask_narrow(narrow, tiles, ready, step, first, CHUNKS, NARROW, STAGES)
-    elif is_narrow:
-        _ask_narrow(narrow, tiles, ready, step, first, CHUNKS, NARROW, STAGES)
+    STAGES: gl.constexpr = ready.shape[0]
+    CHUNKS: gl.constexpr = tiles.shape[0] // STAGES
+    at = step % STAGES
+    if len(desc.block_shape) == 4:
+        boxes = view(tiles, desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+        mbarrier.expect(ready.index(at), CHUNKS * 64 * 128)
+        load_tile(desc, [step * CHUNKS, 0, first, 0], ready.index(at), boxes.index(at))
     else:
-        _ask_wide(desc, tiles, ready, step, first, STAGES)
+        ROWS: gl.constexpr = desc.block_shape[0]
+        COLS: gl.constexpr = desc.block_shape[1]
+        mbarrier.expect(ready.index(at), CHUNKS * ROWS * 128)
+        for chunk in gl.static_range(CHUNKS):
+            box = tiles.index(at * CHUNKS + chunk).slice(0, ROWS)
+            load_tile(desc, [first, (step * CHUNKS + chunk) * COLS], ready.index(at), box)
 
 
 @gluon.jit
-def _ask_wide(desc, tiles, ready, step, first, STAGES: gl.constexpr):
-    CHUNKS: gl.constexpr = desc.block_shape[0]
-    boxes = view(tiles, desc.dtype, [STAGES] + desc.block_shape, desc.layout)
-    at = step % STAGES
-    mbarrier.expect(ready.index(at), CHUNKS * 64 * 128)
-    load_tile(desc, [step * CHUNKS, 0, first, 0], ready.index(at), boxes.index(at))
-
-
-@gluon.jit
-def _ask_narrow(
-    desc, tiles, ready, step, first, CHUNKS: gl.constexpr, NARROW: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    at = step % STAGES
-    mbarrier.expect(ready.index(at), CHUNKS * NARROW * 128)
-    for chunk in gl.static_range(CHUNKS):
-        box = tiles.index(at * CHUNKS + chunk).slice(0, NARROW)
-        load_tile(desc, [first, (step * CHUNKS + chunk) * 64], ready.index(at), box)
-
-
-@gluon.jit
-def walk(
-    desc, narrow, is_narrow, tiles, x_chunks, ready, first, STEPS: gl.constexpr, CHUNKS: gl.constexpr,
-    NARROW: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr):
     """[64, 8]: rows of the weight by rows of x, of which the first counts; of the former those that were asked for.
 
     The product takes 64 rows whatever there are, and nobody reads what the others give.
     """
-    acc = gl.zeros([64, 8], gl.float32, ACC)
+    STAGES: gl.constexpr = ready.shape[0]
+    CHUNKS: gl.constexpr = tiles.shape[0] // STAGES
+    STEPS: gl.constexpr = H // (CHUNKS * tiles.shape[2])
+    DEPTH: gl.constexpr = 256 // tiles.dtype.primitive_bitwidth
+    acc = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, DEPTH]))
     for step in range(STEPS):
         at = step % STAGES
         mbarrier.wait(ready.index(at), (step // STAGES) & 1)
@@ -103,26 +87,32 @@ def walk(
         if STAGES < STEPS:
             barrier()  # all warps' products of the step before are done, its stage is free
             if (step > 0) & (step - 1 + STAGES < STEPS):
-                ask(desc, narrow, is_narrow, tiles, ready, step - 1 + STAGES, first, CHUNKS, NARROW, STAGES)
+                ask(desc, tiles, ready, step - 1 + STAGES, first)
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
-def stages_of(depth: int) -> int:
-    """As many as x leaves room for: 8 rows, of which one is used."""
-    x = triton.cdiv(depth, PART.value) * PART.value * 16
-    return min(depth // (64 * CHUNKS), (SHARED - x) // (ROWS * CHUNKS * 128))
+def stages_of(depth: int, itemsize: int, x_itemsize: int, programs: int = 0) -> int:
+    """As many as x, 8 rows of which one is used, leaves room for; in FP8, where programs are more than SMs and it
+    allows, of half of it.
+    """
+    steps, x = depth // COLUMNS, triton.cdiv(depth, PART.value) * PART.value * 8 * x_itemsize
+    in_all, in_half = ((shared - x) // (ROWS * COLUMNS * itemsize) for shared in (SHARED, SHARED // 2))
+    halved = itemsize == 1 and programs > PROCESSORS and in_half >= min(4, steps)
+    return min(steps, in_half if halved else in_all)
 
 
-def streams_behind_seam(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+def streams_behind_seam(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether such kernels take x [T, H] and weights [.., H]: one token, for which they were measured to pay."""
     depth = x.shape[1]
-    fits = depth % (64 * CHUNKS) == 0 and stages_of(depth) >= min(LEAST_STAGES, depth // (64 * CHUNKS))
-    return len(x) == 1 and fits and loads_by_tma(*weights)
+    least = min(LEAST_STAGES, depth // COLUMNS)
+    fits = depth % COLUMNS == 0 and stages_of(depth, 2, 2) >= least
+    return len(x) == 1 and x.itemsize == 2 and fits and loads_by_tma(weight) and loads_by_tma(x, *others)
 
 
 def boxes_of(weight: torch.Tensor, parts: int = 1) -> TensorDescriptor:
-    """For loads of ROWS rows in all, the same of each of the parts that the weight is made of, by CHUNKS * 64."""
-    count, depth = weight.shape
-    block = [CHUNKS, parts, ROWS // parts, 64]
-    shape, strides = [depth // 64, parts, count // parts, 64], [64, count // parts * depth, depth, 1]
-    return TensorDescriptor(weight, shape, strides, block, gl.NVMMASharedLayout(128, 16, len(block)))
+    """For loads of ROWS rows in all, the same of each of the parts that the weight is made of, by COLUMNS."""
+    (count, depth), wide = weight.shape, 128 // weight.itemsize
+    block = [COLUMNS // wide, parts, ROWS // parts, wide]
+    shape, strides = [depth // wide, parts, count // parts, wide], [wide, count // parts * depth, depth, 1]
+    layout = gl.NVMMASharedLayout(128, 8 * weight.itemsize, len(block))
+    return TensorDescriptor(weight, shape, strides, block, layout)

@@ -37,8 +37,10 @@ def product_launches() -> dict[str, list[Callable[[], object]]]:
     ]
     found["gate_up_hopper"] = [functools.partial(_gate_up, rows, count) for rows in (1, 16) for count in (0, 128)]
     found["float_linear"] = [functools.partial(_float_linear, rows) for rows in (1, 100)]
-    found["seam_gate_up_hopper"] = [functools.partial(_seam_gate_up, count) for count in (0, 128)]
-    found["seam_linear_hopper"] = [_seam_linears]
+    found["seam_gate_up_hopper"] = [
+        functools.partial(_seam_gate_up, count, in_fp8) for count in (0, 128) for in_fp8 in (False, True)
+    ]
+    found["seam_linear_hopper"] = [functools.partial(_seam_linears, in_fp8) for in_fp8 in (False, True)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] += [functools.partial(_stream, rows, fp8=True) for rows in (1, 9, 20, 64, 128)]
@@ -98,15 +100,16 @@ def _gate_up(rows: int, count: int, depth: int = 2816, width: int = 2112) -> Non
     stream_gate_up(half(rows, depth), half(2 * width, depth), *router, half(rows, width), logits)
 
 
-def _seam_gate_up(count: int, depth: int = 2816, width: int = 2112) -> None:
+def _seam_gate_up(count: int, in_fp8: bool, depth: int = 2816, width: int = 2112) -> None:
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
-    row, norm, shapes = half(1, depth), half(depth), [depth, width] + [depth, count] * (count > 0)
+    row, norm, matrix = half(1, depth), half(depth), _pair if in_fp8 else half
     router = (norm, norm, half(count, depth)) if count else (None, None, None)
-    outs = [half(1, columns) for columns in shapes]
-    stream_seam_gate_up(row, row, norm, norm, 1e-6, half(2 * width, depth), *router, outs)
+    expert_in = [] if not count else [*_pair(1, depth)] if in_fp8 else [row]
+    logits, weight = half(1, count) if count else None, pair_of(matrix(2 * width, depth))
+    stream_seam_gate_up(row, row, norm, norm, 1e-6, *weight, *router, row, half(1, width), expert_in, logits)
 
 
-def _seam_linears(depth: int = 2816, top_k: int = 8) -> None:
+def _seam_linears(in_fp8: bool, depth: int = 2816, top_k: int = 8) -> None:
     """To the next layer's projection, behind experts and without, and to the gate of a per-layer input."""
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     row, norm, ids = half(1, depth), half(depth), torch.zeros(1, top_k, dtype=torch.int64)
@@ -114,8 +117,8 @@ def _seam_linears(depth: int = 2816, top_k: int = 8) -> None:
     forms = [(4096, half(1), norm, *slots, None, settled) for settled in (False, True)]
     forms += [(4096, half(1), norm, *[None] * 6, False), (256, *[None] * 7, half(1, 256), False)]
     for columns, *form in forms:
-        weight, product = half(columns, depth), half(1, columns)
-        stream_seam_linear(row, row, norm, 1e-6, weight, *form, row, product)
+        weight, product = _pair(columns, depth) if in_fp8 else half(columns, depth), half(1, columns)
+        stream_seam_linear(row, row, norm, 1e-6, *pair_of(weight), *form, row, product)
 
 
 def _pair(*shape: int) -> Quantized:
