@@ -165,10 +165,8 @@ def test_gate_up_is_the_ops_one_by_one(rows, experts, up_fp8, down_fp8):
 def test_stages_fit(columns, depth):
     """Of the kernels of few rows: never more than steps, and with x in what an SM has."""
     steps = -(-depth // 256)
-    for itemsize in (1, 2):
-        stages = row_stages(columns, depth, itemsize)
-        line = -(-steps * 256 // 1024) * 1024 if itemsize == 2 else 0
-        assert stages <= steps and stages * 64 * 256 + 8 * steps * 256 + line <= 226 * 1024
+    stages = row_stages(columns, depth)
+    assert stages <= steps and stages * 64 * 256 + 8 * -(-depth // 1024) * 1024 <= 226 * 1024
     for tokens in (1, 8, 9, 16):
         for experts in (0, 128):
             tile = gate_up_fp8_tile(tokens, columns // 2, depth, experts)

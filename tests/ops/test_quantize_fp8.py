@@ -208,6 +208,7 @@ def check_rows(device: str, widths: list[int], dtypes=DTYPES) -> None:
             x = fp8_rows(width, dtype, seed=width, device=device)
             got = quantize_fp8_launch(x)
             same_bits(got, quantize_fp8_reference(x))
+            same_bits(quantize_fp8_launch(x[5:13]), [out[5:13] for out in got])
             for row in (0, 7):
                 same_bits(quantize_fp8_launch(x[row : row + 1]), [out[row : row + 1] for out in got])
             same_bits(quantize_fp8_launch(x[:0]), quantize_fp8_reference(x[:0]))

@@ -19,18 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.gate_up_hopper import barrier
+from gemcutter.ops.gate_up_hopper import barrier, view
 from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
-from gemcutter.ops.quantize_fp8 import magnitudes, quantized_bits, scale_of
+from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row
 
 HALF = 32  # rows of weights in a box of TMA; a program has two, which need not be neighbours
-X_ROWS = 8  # the fewest that wgmma takes: one row, eight times
+X_ROWS = 8  # the fewest that wgmma takes, of which one is used
 BLOCK_K = 256
-PART = 1024  # columns of the row that are quantised at a time, 8 a thread
 SHARED = 226 * 1024  # bytes of a program, but for barriers and what the compiler needs
 PROCESSORS = 132
-# The same functions for Gluon.
-peaks, bits_of, factor_of = (gluon.jit(function.fn) for function in (magnitudes, quantized_bits, scale_of))
 
 
 @gluon.jit
@@ -68,27 +65,9 @@ def multiply(desc, stages, ready, x_tiles, first, second, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def _quantise(x_ptr, line, K: gl.constexpr):
-    """The row to shared memory as e4m3, zeros past K; its scale."""
-    PARTS: gl.constexpr = line.shape[0]
-    PART: gl.constexpr = line.shape[1]
-    k = gl.arange(0, PART, gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
-    x = ()
-    for part in gl.static_range(PARTS):
-        x += (gl.load(x_ptr + part * PART + k, mask=k < K - part * PART, other=0.0).to(gl.float32),)
-    largest = peaks(x[0])
-    for part in gl.static_range(1, PARTS):
-        largest = gl.maximum(largest, peaks(x[part]))
-    peak = gl.max(largest, 0)
-    for part in gl.static_range(PARTS):
-        line.index(part).store(bits_of(x[part], peak, True).to(gl.float8e4nv, bitcast=True))
-    return factor_of(peak)
-
-
-@gluon.jit
 def _row_kernel(
     desc, x_ptr, scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, N: gl.constexpr, K: gl.constexpr,
-    X_ROWS: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
+    X_ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """scale_ptr: None of a row that is not quantised yet."""
     HALF: gl.constexpr = desc.block_type.shape[0]
@@ -96,9 +75,8 @@ def _row_kernel(
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     first = gl.program_id(0) * (2 * HALF)
     dtype: gl.constexpr = desc.dtype
-    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([X_ROWS, BLOCK_K], dtype)
     stages = gl.allocate_shared_memory(dtype, [STAGES, 2 * HALF, BLOCK_K], desc.layout)
-    x_tiles = gl.allocate_shared_memory(dtype, [STEPS, X_ROWS, BLOCK_K], x_layout)
+    x_chunks = chunks(dtype, (K + PART - 1) // PART * (PART // 128), X_ROWS)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
@@ -108,25 +86,13 @@ def _row_kernel(
     gdc_wait()
     gdc_launch_dependents()  # not before: what the kernel ahead wrote is settled for those behind, see chain.py
 
-    tile: gl.constexpr = gl.BlockedLayout([1, 16], [2, 16], [gl.num_warps(), 1], [1, 0])
-    k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, tile))
-    whole = gl.zeros([X_ROWS, BLOCK_K], gl.uint8, tile)
-    if scale_ptr is None:
-        PARTS: gl.constexpr = (STEPS * BLOCK_K + PART - 1) // PART
-        line = gl.allocate_shared_memory(dtype, [PARTS, PART], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        scale = _quantise(x_ptr, line, K)
-        barrier()
-    else:
+    scale = put_row(x_chunks, load_row(x_ptr, K), K)
+    if scale_ptr is not None:
         scale = gl.load(scale_ptr)
-    for step in gl.static_range(STEPS):
-        if scale_ptr is None:
-            part = line.index(step * BLOCK_K // PART).slice(step * BLOCK_K % PART, BLOCK_K)
-            x = part.load(gl.SliceLayout(0, tile))
-        else:
-            x = gl.load(x_ptr + step * BLOCK_K + k, mask=k < K - step * BLOCK_K, other=0.0)
-        x_tiles.index(step).store((x.to(gl.uint8, bitcast=True)[None, :] | whole).to(dtype, bitcast=True))
     fence_async_shared()
     barrier()
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([X_ROWS, BLOCK_K], dtype)
+    x_tiles = view(x_chunks, dtype, [x_chunks.shape[0] * 128 // BLOCK_K, X_ROWS, BLOCK_K], x_layout)
 
     acc = multiply(desc, stages, ready, x_tiles, first, first + HALF, STEPS)
     layout: gl.constexpr = acc.type.layout
@@ -151,21 +117,19 @@ def stream_row(
     columns, depth = weight.shape
     _row_kernel[(triton.cdiv(columns, 2 * HALF),)](
         descriptor(weight, [HALF, BLOCK_K]), x, scale, weight_scale, bias, out,
-        N=columns, K=depth, X_ROWS=X_ROWS, STAGES=row_stages(columns, depth, x.itemsize), PART=PART,
+        N=columns, K=depth, X_ROWS=X_ROWS, STAGES=row_stages(columns, depth),
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def streams_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel takes these: a row of 16 bits an element or e4m3, not too deep for shared memory."""
-    return len(x) == 1 and row_stages(*weight.shape, x.itemsize) >= 4 and loads_by_tma(weight, x)
+    return len(x) == 1 and x.itemsize <= 2 and row_stages(*weight.shape) >= 4 and loads_by_tma(weight, x)
 
 
-def row_stages(columns: int, depth: int, itemsize: int) -> int:
+def row_stages(columns: int, depth: int) -> int:
     """What x leaves of shared memory; where programs are more than SMs and it allows, of half of it."""
-    steps = triton.cdiv(depth, BLOCK_K)
-    line = 0 if itemsize == 1 else triton.cdiv(steps * BLOCK_K, PART) * PART
-    in_all, in_half = (
-        (shared - X_ROWS * steps * BLOCK_K - line) // (2 * HALF * BLOCK_K) for shared in (SHARED, SHARED // 2)
-    )
-    return min(steps, in_half if columns > PROCESSORS * 2 * HALF and in_half >= 4 else in_all)
+    x = triton.cdiv(depth, PART.value) * PART.value * X_ROWS
+    in_all, in_half = ((shared - x) // (2 * HALF * BLOCK_K) for shared in (SHARED, SHARED // 2))
+    stages = in_half if columns > PROCESSORS * 2 * HALF and in_half >= 4 else in_all
+    return min(triton.cdiv(depth, BLOCK_K), stages)

@@ -62,15 +62,16 @@ def chunks_of(memory, dtype: gl.constexpr):
 
 @gluon.jit
 def put_row(x_chunks, xs, H: gl.constexpr):
-    """Into the first of the 8 rows of chunks, where the swizzle moves nothing, as e4m3 if they are.
+    """Into the first of the 8 rows of chunks, where the swizzle moves nothing; the other rows stay as they are.
 
-    Returns the scale, or None. The other rows stay as they are: what wgmma makes of them nobody reads.
+    What wgmma makes of them nobody reads. Where the chunks are e4m3 and xs not yet, it quantises, and returns the
+    scale.
     """
     COLS: gl.constexpr = x_chunks.shape[2]
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     parts = view(x_chunks, x_chunks.dtype, [x_chunks.shape[0] * COLS // PART, PART // COLS, 8, COLS], flat)
     scale = None
-    if x_chunks.dtype.primitive_bitwidth == 8:
+    if x_chunks.dtype.primitive_bitwidth < xs[0].dtype.primitive_bitwidth:
         xs, scale = quantised(xs, gl.arange(0, PART, gl.SliceLayout(0, LANES))[None, :], H)
     for part in gl.static_range(len(xs)):
         x = xs[part].to(x_chunks.dtype, bitcast=True)

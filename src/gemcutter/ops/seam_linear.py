@@ -86,7 +86,7 @@ def _one_by_one(
 
 def seam_linear_launch(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     out, weight, routed, ids = (arguments[i] for i in (0, 4, 8, 11))
-    if (routed is not None and ids is None) or not streams_behind_seam(out, weight):
+    if (routed is not None and ids is None) or not streams_behind_seam(out, weight, slots=ids is not None):
         return _one_by_one(layer_seam_launch, linear_launch, linear_fp8_launch, gelu_mul_launch, *arguments)
     hidden, product = seam_linear_fake(*arguments)
     stream_seam_linear(*arguments, hidden, product)

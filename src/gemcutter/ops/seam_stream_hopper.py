@@ -17,12 +17,12 @@ from gemcutter.ops.row_hopper import PART, view
 
 COLUMNS = 256  # of weights a step
 ROWS = 64  # of weights a program
-SHARED = 216 * 1024  # bytes for x and the stages of weights
+SHARED = 226 * 1024  # bytes for x and the stages of weights
 PROCESSORS = 132
 # Stages that are asked for before the join, while the kernel ahead still needs the memory: with all five a layer of
 # E4B takes 67.2 µs in place of 66.4, with none 26B-A4B's o projection is no faster and the next kernel slower.
 EARLY = 1
-LEAST_STAGES = 5  # which rows of 3072 columns leave room for in 16 bits; wider ones were not measured
+WIDEST, WIDEST_FP8 = 3072, 5376  # rows that were measured; half as many bytes leave room for twice the columns
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
@@ -101,12 +101,14 @@ def stages_of(depth: int, itemsize: int, x_itemsize: int, programs: int = 0) -> 
     return min(steps, in_half if halved else in_all)
 
 
-def streams_behind_seam(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether such kernels take x [T, H] and weights [.., H]: one token, for which they were measured to pay."""
-    depth = x.shape[1]
-    least = min(LEAST_STAGES, depth // COLUMNS)
-    fits = depth % COLUMNS == 0 and stages_of(depth, 2, 2) >= least
-    return len(x) == 1 and x.itemsize == 2 and fits and loads_by_tma(weight) and loads_by_tma(x, *others)
+def streams_behind_seam(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor, slots: bool = False) -> bool:
+    """Whether such kernels take x [T, H] and weights [.., H]: one token, for which they were measured to pay.
+
+    slots: of experts, which fill a thread's registers, are added up.
+    """
+    widest = WIDEST_FP8 if weight.itemsize == 1 and not slots else WIDEST
+    fits = x.itemsize == 2 and x.shape[1] % COLUMNS == 0 and x.shape[1] <= widest
+    return len(x) == 1 and fits and loads_by_tma(weight) and loads_by_tma(x, *others)
 
 
 def boxes_of(weight: torch.Tensor, parts: int = 1) -> TensorDescriptor:
