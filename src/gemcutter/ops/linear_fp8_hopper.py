@@ -1,10 +1,10 @@
 """FP8 products of one row on Hopper, in Gluon: weights stream by TMA, the row waits whole in shared memory.
 
-A program owns 64 rows of the weight. It asks for the first stages of them, joins the chain, and brings the row to
-shared memory by itself: in the queue of the TMA unit it would stand behind the weights (`gate_up_hopper.py`). A row
-that is not quantised yet is quantised by every program for itself, all threads at work on it. Measured on one H200,
-the four products of a layer of 26B-A4B with norms between them: 26.8 µs, against 30.3 with `linear_hopper.py` and a
-launch for each quantisation, and 36.0 in bfloat16. Eight rows at once that way cost 31.0 against 30.5.
+A program owns 64 rows of the weight, or 32. It asks for the first stages of them, joins the chain, and brings the
+row to shared memory by itself: in the TMA unit's queue it would stand behind the weights (`gate_up_hopper.py`). A
+row that is not quantised yet is quantised by every program for itself, all threads at work on it. Measured on one
+H200, the four products of a layer of 26B-A4B with norms between them: 26.8 µs, against 30.3 with `linear_hopper.py`
+and a launch for each quantisation, and 36.0 in bfloat16. Eight rows at once that way cost 31.0 against 30.5.
 """
 
 import torch
@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.gate_up_hopper import barrier, view
+from gemcutter.ops.gate_up_hopper import barrier
 from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row
+from gemcutter.ops.seam_stream_hopper import ask, walk
 
 HALF = 32  # rows of weights in a box of TMA; a program has two, which need not be neighbours
-X_ROWS = 8  # the fewest that wgmma takes, of which one is used
 BLOCK_K = 256
 SHARED = 226 * 1024  # bytes of a program, but for barriers and what the compiler needs
 PROCESSORS = 132
@@ -67,37 +67,30 @@ def multiply(desc, stages, ready, x_tiles, first, second, STEPS: gl.constexpr):
 @gluon.jit
 def _row_kernel(
     desc, x_ptr, scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, N: gl.constexpr, K: gl.constexpr,
-    X_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKS: gl.constexpr,
 ):  # fmt: skip
     """scale_ptr: None of a row that is not quantised yet."""
-    HALF: gl.constexpr = desc.block_type.shape[0]
-    BLOCK_K: gl.constexpr = desc.block_type.shape[1]
-    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    first = gl.program_id(0) * (2 * HALF)
-    dtype: gl.constexpr = desc.dtype
-    stages = gl.allocate_shared_memory(dtype, [STAGES, 2 * HALF, BLOCK_K], desc.layout)
-    x_chunks = chunks(dtype, (K + PART - 1) // PART * (PART // 128), X_ROWS)
+    ROWS: gl.constexpr = desc.block_shape[0]
+    first = gl.program_id(0) * ROWS
+    x_chunks = chunks(desc.dtype, (K + PART - 1) // PART * (PART // 128), 8)
+    tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     for stage in gl.static_range(STAGES):
-        ask_for_weights(desc, stages, ready, stage, first, first + HALF, stage)
+        ask(desc, tiles, ready, stage, first, CHUNKS)
     gdc_wait()
     gdc_launch_dependents()  # not before: what the kernel ahead wrote is settled for those behind, see chain.py
-
     scale = put_row(x_chunks, load_row(x_ptr, K), K)
     if scale_ptr is not None:
         scale = gl.load(scale_ptr)
     fence_async_shared()
     barrier()
-    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([X_ROWS, BLOCK_K], dtype)
-    x_tiles = view(x_chunks, dtype, [x_chunks.shape[0] * 128 // BLOCK_K, X_ROWS, BLOCK_K], x_layout)
-
-    acc = multiply(desc, stages, ready, x_tiles, first, first + HALF, STEPS)
-    layout: gl.constexpr = acc.type.layout
-    column = first + gl.arange(0, 2 * HALF, gl.SliceLayout(1, layout))[:, None]
-    held = (column < N) & (gl.arange(0, X_ROWS, gl.SliceLayout(0, layout)) == 0)[None, :]
+    acc = walk(desc, tiles, x_chunks, ready, first, K, CHUNKS)
+    row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
+    column = first + row
+    held = (row < ROWS) & (column < N) & (gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout)) == 0)[None, :]
     acc *= gl.load(weight_scale_ptr + column, mask=held, other=0.0)
     acc *= scale
     if bias_ptr is not None:
@@ -115,9 +108,10 @@ def stream_row(
 ) -> None:
     """x [1, K] of 16 bits an element, or e4m3 with its scale; weight [N, K], weight_scale [N, 1] -> out [1, N]."""
     columns, depth = weight.shape
-    _row_kernel[(triton.cdiv(columns, 2 * HALF),)](
-        descriptor(weight, [HALF, BLOCK_K]), x, scale, weight_scale, bias, out,
-        N=columns, K=depth, X_ROWS=X_ROWS, STAGES=row_stages(columns, depth),
+    rows = row_rows(columns)
+    _row_kernel[(triton.cdiv(columns, rows),)](
+        descriptor(weight, [rows, 128]), x, scale, weight_scale, bias, out,
+        N=columns, K=depth, STAGES=row_stages(columns, depth), CHUNKS=BLOCK_K // 128,
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -127,9 +121,14 @@ def streams_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return len(x) == 1 and x.itemsize <= 2 and row_stages(*weight.shape) >= 4 and loads_by_tma(weight, x)
 
 
+def row_rows(columns: int) -> int:
+    """Rows of the weight a program: 64, or half of that where these take half the card's SMs or fewer."""
+    return 32 if triton.cdiv(columns, 64) <= PROCESSORS // 2 else 64
+
+
 def row_stages(columns: int, depth: int) -> int:
     """What x leaves of shared memory; where programs are more than SMs and it allows, of half of it."""
-    x = triton.cdiv(depth, PART.value) * PART.value * X_ROWS
-    in_all, in_half = ((shared - x) // (2 * HALF * BLOCK_K) for shared in (SHARED, SHARED // 2))
-    stages = in_half if columns > PROCESSORS * 2 * HALF and in_half >= 4 else in_all
+    x = triton.cdiv(depth, PART.value) * PART.value * 8
+    in_all, in_half = ((shared - x) // (64 * BLOCK_K) for shared in (SHARED, SHARED // 2))
+    stages = in_half if triton.cdiv(columns, row_rows(columns)) > PROCESSORS and in_half >= 4 else in_all
     return min(triton.cdiv(depth, BLOCK_K), stages)

@@ -63,13 +63,14 @@ def _seam_gate_up_kernel(
     BYTES: gl.constexpr = desc.dtype.primitive_bitwidth // 8
     X_BYTES: gl.constexpr = 2 if E else BYTES
     x_all = chunks(dtype if E else desc.dtype, (H + PART - 1) // PART * (PART * X_BYTES // 128), 8)
-    tiles = chunks(desc.dtype, STAGES * (COLUMNS * BYTES // 128), 64)
+    CHUNKS: gl.constexpr = COLUMNS * BYTES // 128
+    tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
     x_chunks, router_tiles = chunks_of(x_all, desc.dtype), chunks_of(tiles, dtype)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
-    _ask_between(desc, router_desc, is_router, tiles, router_tiles, ready, first, 0, EARLY)
+    _ask_between(desc, router_desc, is_router, tiles, router_tiles, ready, first, 0, EARLY, CHUNKS)
     post = load_row(post_ptr, H)
     if E > 0:
         if is_router:
@@ -78,7 +79,7 @@ def _seam_gate_up_kernel(
     gdc_wait()
     gdc_launch_dependents()
     x, residual = together((load_row(attended_ptr, H), load_row(residual_ptr, H)), count)
-    _ask_between(desc, router_desc, is_router, tiles, router_tiles, ready, first, EARLY, STAGES)
+    _ask_between(desc, router_desc, is_router, tiles, router_tiles, ready, first, EARLY, STAGES, CHUNKS)
     hidden = added(residual, normed(x, norm_factor(x, eps, H), post))
     factor = norm_factor(hidden, eps, H)
     if is_router:
@@ -94,7 +95,8 @@ def _seam_gate_up_kernel(
                     store_row(expert_in_ptr, expert_in, H)
                 else:
                     store_quantised_row(expert_in_ptr, expert_scale_ptr, expert_in, H)
-            _store_logits(logits_ptr, walk(router_desc, router_tiles, x_all, ready, first, H), first, NARROW)
+            logits = walk(router_desc, router_tiles, x_all, ready, first, H, CHUNKS)
+            _store_logits(logits_ptr, logits, first, NARROW)
     else:
         scale = put_row(x_chunks, normed(hidden, factor, pre), H)
         fence_async_shared()
@@ -102,7 +104,7 @@ def _seam_gate_up_kernel(
         if E == 0:
             if program == 0:
                 store_row(hidden_ptr, hidden, H)
-        acc = walk(desc, tiles, x_chunks, ready, first, H)
+        acc = walk(desc, tiles, x_chunks, ready, first, H, CHUNKS)
         if scale is not None:
             row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
             column = first + row % 32
@@ -113,14 +115,15 @@ def _seam_gate_up_kernel(
 
 @gluon.jit
 def _ask_between(
-    desc, router_desc, is_router, tiles, router_tiles, ready, first, BEGIN: gl.constexpr, END: gl.constexpr
+    desc, router_desc, is_router, tiles, router_tiles, ready, first, BEGIN: gl.constexpr, END: gl.constexpr,
+    CHUNKS: gl.constexpr,
 ):  # fmt: skip
     for stage in gl.static_range(BEGIN, END):
         if is_router:
             if router_desc is not None:
-                ask(router_desc, router_tiles, ready, stage, first)
+                ask(router_desc, router_tiles, ready, stage, first, CHUNKS)
         else:
-            ask(desc, tiles, ready, stage, first)
+            ask(desc, tiles, ready, stage, first, CHUNKS)
 
 
 @gluon.jit

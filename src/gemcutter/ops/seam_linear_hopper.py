@@ -48,13 +48,14 @@ def _seam_linear_kernel(
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     BYTES: gl.constexpr = desc.dtype.primitive_bitwidth // 8
     x_chunks = chunks(desc.dtype, (H + PART - 1) // PART * (PART * BYTES // 128), 8)
-    tiles = chunks(desc.dtype, STAGES * (COLUMNS * BYTES // 128), 64)
+    CHUNKS: gl.constexpr = COLUMNS * BYTES // 128
+    tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     for stage in gl.static_range(EARLY):
-        ask(desc, tiles, ready, stage, first)
+        ask(desc, tiles, ready, stage, first, CHUNKS)
     post = load_row(post_ptr, H)
     if TOP_K > 0:
         dense_post, expert_post = load_row(dense_post_ptr, H), load_row(expert_post_ptr, H)
@@ -73,7 +74,7 @@ def _seam_linear_kernel(
     rows = together(rows, count)
     x, residual = rows[0], rows[1]
     for stage in gl.static_range(EARLY, STAGES):
-        ask(desc, tiles, ready, stage, first)
+        ask(desc, tiles, ready, stage, first, CHUNKS)
     if TOP_K > 0:
         routed = ()
         for part in gl.static_range(len(x)):
@@ -93,7 +94,7 @@ def _seam_linear_kernel(
     if first == 0:
         store_row(hidden_ptr, hidden, H)
 
-    acc = walk(desc, tiles, x_chunks, ready, first, H)
+    acc = walk(desc, tiles, x_chunks, ready, first, H, CHUNKS)
     row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
     col = gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout))[None, :]
     at = first + row + col * 0

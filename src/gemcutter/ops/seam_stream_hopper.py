@@ -45,13 +45,12 @@ def together(rows, count):
 
 
 @gluon.jit
-def ask(desc, tiles, ready, step, first):
+def ask(desc, tiles, ready, step, first, CHUNKS: gl.constexpr):
     """A step's weights, from row `first` on: a box of all of them, or of each chunk's.
 
-    tiles: as many chunks for each stage as a step has, of 64 rows; of the weights' dtype.
+    tiles: CHUNKS for each stage, of 64 rows, of the weights' dtype.
     """
     STAGES: gl.constexpr = ready.shape[0]
-    CHUNKS: gl.constexpr = tiles.shape[0] // STAGES
     at = step % STAGES
     if len(desc.block_shape) == 4:
         boxes = view(tiles, desc.dtype, [STAGES] + desc.block_shape, desc.layout)
@@ -67,14 +66,14 @@ def ask(desc, tiles, ready, step, first):
 
 
 @gluon.jit
-def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr):
+def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr, CHUNKS: gl.constexpr):
     """[64, 8]: rows of the weight by rows of x, of which the first counts; of the former those that were asked for.
 
     The product takes 64 rows whatever there are, and nobody reads what the others give.
     """
     STAGES: gl.constexpr = ready.shape[0]
-    CHUNKS: gl.constexpr = tiles.shape[0] // STAGES
-    STEPS: gl.constexpr = H // (CHUNKS * tiles.shape[2])
+    COLS: gl.constexpr = tiles.shape[2]
+    STEPS: gl.constexpr = (H + CHUNKS * COLS - 1) // (CHUNKS * COLS)
     DEPTH: gl.constexpr = 256 // tiles.dtype.primitive_bitwidth
     acc = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, DEPTH]))
     for step in range(STEPS):
@@ -87,7 +86,7 @@ def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr):
         if STAGES < STEPS:
             barrier()  # all warps' products of the step before are done, its stage is free
             if (step > 0) & (step - 1 + STAGES < STEPS):
-                ask(desc, tiles, ready, step - 1 + STAGES, first)
+                ask(desc, tiles, ready, step - 1 + STAGES, first, CHUNKS)
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
