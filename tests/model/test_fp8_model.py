@@ -17,6 +17,8 @@ from gemcutter.model import glm4_moe_plain, plain
 from gemcutter.model.models import MODELS
 from gemcutter.spec import Family
 
+PAIRING = "attention_seam", "seam_gate_up", "seam_linear", "gate_up"  # what asks how its rows will be read
+
 
 @pytest.fixture(scope="module", params=tiny_models.KINDS)
 def kind(request, tmp_path_factory):
@@ -67,7 +69,7 @@ def test_same_bits_wherever_rows_are_quantised(kind, linears, layers, monkeypatc
     spec, weights, ids = kind[0], kind[1](torch.bfloat16), ids_of(kind[0], 40)
     in_fp8 = quantized(weights, linears=linears, experts=linears == LINEARS, layers=layers)
     fused = logits(spec, in_fp8, ids)
-    for op in ("attention_seam", "layer_seam", "gate_up", "add_norm"):
+    for op in (*PAIRING, "add_norm"):
         # By name among modules: in the package's namespace the function of that name hides its module.
         monkeypatch.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
     assert torch.equal(logits(spec, in_fp8, ids), fused)
@@ -75,17 +77,19 @@ def test_same_bits_wherever_rows_are_quantised(kind, linears, layers, monkeypatc
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["26b", "31b"])
+@pytest.mark.parametrize("kind_name", ["26b", "31b"])
 @torch.inference_mode()
-def test_gpu_same_bits_wherever_rows_are_quantised(name, tmp_path, monkeypatch):
+def test_gpu_same_bits_wherever_rows_are_quantised(kind_name, tmp_path, monkeypatch):
     """Released widths: prompts side by side, then a token of each, then both; and one prompt."""
-    spec, weights = build(name, tmp_path)
+    spec, weights = build(kind_name, tmp_path)
     weights = quantized(weights, experts=True)
     for lengths in ([1, 9, 200], [200]):
         case = Case(spec, weights, lengths)
         fused = case.run()
         with monkeypatch.context() as patched:
-            for op in ("attention_seam", "layer_seam", "gate_up"):
+            for op in PAIRING:
                 patched.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
+            for op, name in (("seam_gate_up", "streams_seam_gate_up"), ("seam_linear", "streams_behind_seam")):
+                patched.setattr(sys.modules[f"gemcutter.ops.{op}"], name, lambda *given, **more: False)
             assert not differing(case.run(), fused, spec)
         assert all(step.isfinite().all() for step in fused[0])

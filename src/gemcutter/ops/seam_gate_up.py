@@ -95,7 +95,8 @@ def _one_by_one(
     seam, product, product_fp8, attended, residual, post, pre, eps, weight, weight_scale, expert_pre, router_scale,
     router, expert_fp8,
 ) -> list[torch.Tensor]:  # fmt: skip
-    mlp_fp8 = weight_scale is not None and attended.dtype == torch.bfloat16
+    reader = weight if weight_scale is None else Quantized(weight, weight_scale)
+    mlp_fp8 = read_as_pair(reader, attended.dtype)
     found = iter(seam(attended, residual, post, pre, eps, expert_pre, router_scale, mlp_fp8, expert_fp8))
     hidden, mlp_in, mlp_scale = next(found), next(found), next(found) if mlp_fp8 else None
     expert_in, router_in = [], None

@@ -13,7 +13,7 @@ from gemcutter.ops.layer_seam import Routed, check_layer_seam, layer_seam_launch
 from gemcutter.ops.library import define
 from gemcutter.ops.linear import check_linear, linear_launch, linear_reference
 from gemcutter.ops.linear_fp8 import check_linear_fp8, linear_fp8_launch, linear_fp8_reference
-from gemcutter.ops.quantize_fp8 import Quantized, pair_of
+from gemcutter.ops.quantize_fp8 import Quantized, pair_of, read_as_pair
 from gemcutter.ops.seam_linear_hopper import stream_seam_linear
 from gemcutter.ops.seam_stream_hopper import streams_behind_seam
 
@@ -72,7 +72,8 @@ def _one_by_one(
     seam, product, product_fp8, gate, out, residual, post, eps, weight, weight_scale, scalar, next_norm, routed,
     dense_post, expert_post, ids, weights, factor, settled,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    fp8 = weight_scale is not None and next_norm is not None and out.dtype == torch.bfloat16
+    reader = weight if weight_scale is None else Quantized(weight, weight_scale)
+    fp8 = next_norm is not None and read_as_pair(reader, out.dtype)
     hidden, *rows = seam(
         out, residual, post, eps, scalar, next_norm, routed, dense_post, expert_post, ids, weights, fp8
     )
