@@ -14,7 +14,7 @@ from gemcutter.ops.linear_fp8 import (
     linear_fp8_launch,
     linear_fp8_reference,
 )
-from gemcutter.ops.linear_fp8_hopper import row_rows, row_stages, streams_row
+from gemcutter.ops.linear_fp8_hopper import is_long, row_rows, row_stages, streams_row
 from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, quantize_fp8_reference
 from gemcutter.verify.compare import count_differing
 from gemcutter.verify.inputs import Draw, Kind
@@ -166,7 +166,10 @@ def test_stages_fit(columns, depth):
     """Of the kernels of few rows: never more than steps, and with x in what an SM has."""
     steps = -(-depth // 256)
     stages, rows = row_stages(columns, depth), row_rows(columns)
-    assert stages <= steps and stages * 64 * 256 + 8 * -(-depth // 1024) * 1024 <= 226 * 1024
+    x = -(-depth // 1024) * 1024
+    x = x + 8 * 1024 if is_long(depth) else x * 8
+    assert 4 <= min(stages, steps) + 4 * (steps < 4) and stages <= steps and stages * 64 * 256 + x <= 226 * 1024
+    assert is_long(depth) == (depth > 20480)
     assert rows == 64 or -(-columns // rows) <= 132
     for tokens in (1, 8, 9, 16):
         for experts in (0, 128):
@@ -252,6 +255,8 @@ def test_gpu_rows_do_not_know_each_other(shape):
             assert not wrong, f"{wrong} elements of {rows} rows of {type(given).__name__} depend on their company"
     if hopper() and 1024 <= shape[1] <= 8192:
         assert streams_row(x[:1], weight.q) and streams_row(pair.q[:1], weight.q)
+    if hopper() and shape[1] == 21504:
+        assert streams_row(x[:1], weight.q) and not streams_row(pair.q[:1], weight.q)
     for i in range(0, 2048, 97):
         assert torch.equal(linear(x[i : i + 1], weight), crowd[i : i + 1])
     assert torch.equal(linear_fp8_reference(*pair, *weight, None), crowd)

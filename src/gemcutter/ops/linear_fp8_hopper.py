@@ -21,13 +21,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import barrier
 from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
-from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row
-from gemcutter.ops.seam_stream_hopper import ask, walk
+from gemcutter.ops.row_hopper import PART, chunks, load_row, put_line, put_row, put_step
+from gemcutter.ops.seam_stream_hopper import RING, ask, walk
 
 HALF = 32  # rows of weights in a box of TMA; a program has two, which need not be neighbours
 BLOCK_K = 256
 SHARED = 226 * 1024  # bytes of a program, but for barriers and what the compiler needs
 PROCESSORS = 132
+DEEPEST = 22 * 1024  # columns of a row that is quantised in registers; more were not tried
 
 
 @gluon.jit
@@ -67,12 +68,13 @@ def multiply(desc, stages, ready, x_tiles, first, second, STEPS: gl.constexpr):
 @gluon.jit
 def _row_kernel(
     desc, x_ptr, scale_ptr, weight_scale_ptr, bias_ptr, out_ptr, N: gl.constexpr, K: gl.constexpr,
-    STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
-    """scale_ptr: None of a row that is not quantised yet."""
+    """scale_ptr: None of a row that is not quantised yet, which LONG ones are."""
     ROWS: gl.constexpr = desc.block_shape[0]
     first = gl.program_id(0) * ROWS
-    x_chunks = chunks(desc.dtype, (K + PART - 1) // PART * (PART // 128), 8)
+    X: gl.constexpr = RING * CHUNKS * 128 if LONG else (K + PART - 1) // PART * PART
+    x_chunks = chunks(desc.dtype, X // 128, 8)
     tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -82,12 +84,22 @@ def _row_kernel(
         ask(desc, tiles, ready, stage, first, CHUNKS)
     gdc_wait()
     gdc_launch_dependents()  # not before: what the kernel ahead wrote is settled for those behind, see chain.py
-    scale = put_row(x_chunks, load_row(x_ptr, K), K)
+    line = None
+    if LONG:
+        STEP: gl.constexpr = CHUNKS * 128
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        line = gl.allocate_shared_memory(desc.dtype, [(K + PART - 1) // PART * (PART // STEP), STEP], flat)
+        scale = put_line(line, load_row(x_ptr, K), K)
+        barrier()
+        put_step(x_chunks, line, 0, 0, CHUNKS)
+        put_step(x_chunks, line, 1, 1, CHUNKS)
+    else:
+        scale = put_row(x_chunks, load_row(x_ptr, K), K)
     if scale_ptr is not None:
         scale = gl.load(scale_ptr)
     fence_async_shared()
     barrier()
-    acc = walk(desc, tiles, x_chunks, ready, first, K, CHUNKS)
+    acc = walk(desc, tiles, x_chunks, ready, first, K, CHUNKS, line)
     row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
     column = first + row
     held = (row < ROWS) & (column < N) & (gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout)) == 0)[None, :]
@@ -111,14 +123,21 @@ def stream_row(
     rows = row_rows(columns)
     _row_kernel[(triton.cdiv(columns, rows),)](
         descriptor(weight, [rows, 128]), x, scale, weight_scale, bias, out,
-        N=columns, K=depth, STAGES=row_stages(columns, depth), CHUNKS=BLOCK_K // 128,
+        N=columns, K=depth, STAGES=row_stages(columns, depth), CHUNKS=BLOCK_K // 128, LONG=is_long(depth),
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def streams_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel takes these: a row of 16 bits an element or e4m3, not too deep for shared memory."""
-    return len(x) == 1 and x.itemsize <= 2 and row_stages(*weight.shape) >= 4 and loads_by_tma(weight, x)
+    """Whether the kernel takes these: a row of 16 bits an element, or one of e4m3 that is not long."""
+    depth = weight.shape[1]
+    taken = x.itemsize == 2 and depth <= DEEPEST or x.itemsize == 1 and not is_long(depth)
+    return len(x) == 1 and taken and loads_by_tma(weight, x)
+
+
+def is_long(depth: int) -> bool:
+    """Whether a row as wgmma reads it, with seven others that are not there, leaves less than four stages."""
+    return triton.cdiv(depth, PART.value) * PART.value * 8 > SHARED - 4 * 64 * BLOCK_K
 
 
 def row_rows(columns: int) -> int:
@@ -128,7 +147,8 @@ def row_rows(columns: int) -> int:
 
 def row_stages(columns: int, depth: int) -> int:
     """What x leaves of shared memory; where programs are more than SMs and it allows, of half of it."""
-    x = triton.cdiv(depth, PART.value) * PART.value * 8
+    x = triton.cdiv(depth, PART.value) * PART.value
+    x = x + RING.value * BLOCK_K * 8 if is_long(depth) else x * 8
     in_all, in_half = ((shared - x) // (64 * BLOCK_K) for shared in (SHARED, SHARED // 2))
     stages = in_half if triton.cdiv(columns, row_rows(columns)) > PROCESSORS and in_half >= 4 else in_all
     return min(triton.cdiv(depth, BLOCK_K), stages)

@@ -61,6 +61,26 @@ def chunks_of(memory, dtype: gl.constexpr):
 
 
 @gluon.jit
+def put_line(line, xs, H: gl.constexpr):
+    """A row that is not quantised yet, as e4m3 in steps one behind the other; its scale."""
+    qs, scale = quantised(xs, gl.arange(0, PART, gl.SliceLayout(0, LANES))[None, :], H)
+    parts = view(line, line.dtype, [len(qs), 1, PART], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    for part in gl.static_range(len(qs)):
+        parts.index(part).store(qs[part].to(line.dtype, bitcast=True))
+    return scale
+
+
+@gluon.jit
+def put_step(x_chunks, line, step, to, CHUNKS: gl.constexpr):
+    """A step of a line, to the first of the 8 rows of the chunks of a step."""
+    COLS: gl.constexpr = x_chunks.shape[2]
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    steps = view(x_chunks, x_chunks.dtype, [x_chunks.shape[0] // CHUNKS, CHUNKS, 8, COLS], flat)
+    x = line.index(step).load(gl.BlockedLayout([2], [32], [4], [0]))
+    steps.index(to).slice(0, 1, dim=1).store(x.reshape([CHUNKS, 1, COLS]))
+
+
+@gluon.jit
 def put_row(x_chunks, xs, H: gl.constexpr):
     """Into the first of the 8 rows of chunks, where the swizzle moves nothing; the other rows stay as they are.
 

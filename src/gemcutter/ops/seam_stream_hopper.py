@@ -8,12 +8,17 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
 from gemcutter.ops.load_order import after, mixed
-from gemcutter.ops.row_hopper import PART, view
+from gemcutter.ops.row_hopper import PART, put_step, view
 
 COLUMNS = 256  # of weights a step
 ROWS = 64  # of weights a program
@@ -23,6 +28,7 @@ PROCESSORS = 132
 # E4B takes 67.2 µs in place of 66.4, with none 26B-A4B's o projection is no faster and the next kernel slower.
 EARLY = 1
 WIDEST, WIDEST_FP8 = 3072, 5376  # rows that were measured; half as many bytes leave room for twice the columns
+RING = gl.constexpr(4)  # steps of a long row: two that are multiplied, and two to come
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
@@ -66,10 +72,11 @@ def ask(desc, tiles, ready, step, first, CHUNKS: gl.constexpr):
 
 
 @gluon.jit
-def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr, CHUNKS: gl.constexpr):
+def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr, CHUNKS: gl.constexpr, line=None):
     """[64, 8]: rows of the weight by rows of x, of which the first counts; of the former those that were asked for.
 
-    The product takes 64 rows whatever there are, and nobody reads what the others give.
+    The product takes 64 rows whatever there are, and nobody reads what the others give. line: the row, where it is
+    too long for x_chunks, which then hold RING steps of it; the first two are there.
     """
     STAGES: gl.constexpr = ready.shape[0]
     COLS: gl.constexpr = tiles.shape[2]
@@ -80,13 +87,18 @@ def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr, CHUNKS: gl.conste
         at = step % STAGES
         mbarrier.wait(ready.index(at), (step // STAGES) & 1)
         for chunk in gl.static_range(CHUNKS):
-            x = x_chunks.index(step * CHUNKS + chunk).permute((1, 0))
+            x_at = step if line is None else step % RING
+            x = x_chunks.index(x_at * CHUNKS + chunk).permute((1, 0))
             acc = warpgroup_mma(tiles.index(at * CHUNKS + chunk), x, acc, is_async=True)
         acc = warpgroup_mma_wait(CHUNKS, deps=(acc,))
         if STAGES < STEPS:
             barrier()  # all warps' products of the step before are done, its stage is free
             if (step > 0) & (step - 1 + STAGES < STEPS):
                 ask(desc, tiles, ready, step - 1 + STAGES, first, CHUNKS)
+        if line is not None:
+            if step + 2 < STEPS:
+                put_step(x_chunks, line, step + 2, (step + 2) % RING, CHUNKS)
+                fence_async_shared()
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
