@@ -1,10 +1,12 @@
 """FP8 products of one row on Hopper, in Gluon: weights stream by TMA, the row waits whole in shared memory.
 
-A program owns 64 rows of the weight, or 32. It asks for the first stages of them, joins the chain, and brings the
-row to shared memory by itself: in the TMA unit's queue it would stand behind the weights (`gate_up_hopper.py`). A
-row that is not quantised yet is quantised by every program for itself, all threads at work on it. Measured on one
-H200, the four products of a layer of 26B-A4B with norms between them: 26.8 µs, against 30.3 with `linear_hopper.py`
-and a launch for each quantisation, and 36.0 in bfloat16. Eight rows at once that way cost 31.0 against 30.5.
+A program owns 64 rows of the weight. It asks for the first stages of them, joins the chain, and brings the row to
+shared memory by itself: in the queue of the TMA unit it would stand behind the weights (`gate_up_hopper.py`). A row
+that is not quantised yet is quantised by every program for itself, all threads at work on it. Eight rows, of which
+one is used, would fill the memory if it is long; it then lies there as it is, and a step's part of it goes where
+wgmma reads it two steps ahead. Measured on one H200, the four products of a layer of 26B-A4B with norms between
+them: 26.8 µs, against 30.3 with `linear_hopper.py` and a launch for each quantisation, and 36.0 in bfloat16. Eight
+rows at once that way cost 31.0 against 30.5.
 """
 
 import torch
@@ -20,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import barrier
-from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import ROWS, descriptor, load_tile, loads_by_tma
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_line, put_row, put_step
 from gemcutter.ops.seam_stream_hopper import RING, ask, walk
 
@@ -71,8 +73,7 @@ def _row_kernel(
     STAGES: gl.constexpr, CHUNKS: gl.constexpr, LONG: gl.constexpr,
 ):  # fmt: skip
     """scale_ptr: None of a row that is not quantised yet, which LONG ones are."""
-    ROWS: gl.constexpr = desc.block_shape[0]
-    first = gl.program_id(0) * ROWS
+    first = gl.program_id(0) * 64
     X: gl.constexpr = RING * CHUNKS * 128 if LONG else (K + PART - 1) // PART * PART
     x_chunks = chunks(desc.dtype, X // 128, 8)
     tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
@@ -100,9 +101,8 @@ def _row_kernel(
     fence_async_shared()
     barrier()
     acc = walk(desc, tiles, x_chunks, ready, first, K, CHUNKS, line)
-    row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
-    column = first + row
-    held = (row < ROWS) & (column < N) & (gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout)) == 0)[None, :]
+    column = first + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
+    held = (column < N) & (gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout)) == 0)[None, :]
     acc *= gl.load(weight_scale_ptr + column, mask=held, other=0.0)
     acc *= scale
     if bias_ptr is not None:
@@ -120,9 +120,8 @@ def stream_row(
 ) -> None:
     """x [1, K] of 16 bits an element, or e4m3 with its scale; weight [N, K], weight_scale [N, 1] -> out [1, N]."""
     columns, depth = weight.shape
-    rows = row_rows(columns)
-    _row_kernel[(triton.cdiv(columns, rows),)](
-        descriptor(weight, [rows, 128]), x, scale, weight_scale, bias, out,
+    _row_kernel[(triton.cdiv(columns, ROWS),)](
+        descriptor(weight, [ROWS, 128]), x, scale, weight_scale, bias, out,
         N=columns, K=depth, STAGES=row_stages(columns, depth), CHUNKS=BLOCK_K // 128, LONG=is_long(depth),
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
@@ -137,18 +136,13 @@ def streams_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def is_long(depth: int) -> bool:
     """Whether a row as wgmma reads it, with seven others that are not there, leaves less than four stages."""
-    return triton.cdiv(depth, PART.value) * PART.value * 8 > SHARED - 4 * 64 * BLOCK_K
-
-
-def row_rows(columns: int) -> int:
-    """Rows of the weight a program: 64, or half of that where these take half the card's SMs or fewer."""
-    return 32 if triton.cdiv(columns, 64) <= PROCESSORS // 2 else 64
+    return triton.cdiv(depth, PART.value) * PART.value * 8 > SHARED - 4 * ROWS * BLOCK_K
 
 
 def row_stages(columns: int, depth: int) -> int:
     """What x leaves of shared memory; where programs are more than SMs and it allows, of half of it."""
     x = triton.cdiv(depth, PART.value) * PART.value
     x = x + RING.value * BLOCK_K * 8 if is_long(depth) else x * 8
-    in_all, in_half = ((shared - x) // (64 * BLOCK_K) for shared in (SHARED, SHARED // 2))
-    stages = in_half if triton.cdiv(columns, row_rows(columns)) > PROCESSORS and in_half >= 4 else in_all
+    in_all, in_half = ((shared - x) // (ROWS * BLOCK_K) for shared in (SHARED, SHARED // 2))
+    stages = in_half if triton.cdiv(columns, ROWS) > PROCESSORS and in_half >= 4 else in_all
     return min(triton.cdiv(depth, BLOCK_K), stages)

@@ -29,11 +29,11 @@ from gemcutter.ops.row_hopper import (
 )
 from gemcutter.ops.seam_stream_hopper import (
     COLUMNS,
-    EARLY,
     ROWS,
     ask,
     barrier,
     boxes_of,
+    early_of,
     stages_of,
     streams_behind_seam,
     together,
@@ -162,7 +162,8 @@ def stream_seam_gate_up(
         None if router is None else descriptor(router, [ROUTER_ROWS, 128 // router.itemsize]),
         attended, residual, post, pre, expert_pre, router_scale, hidden, activated,
         *(pointers(expert_in) if expert_in else (None, None)), logits, eps, depth**-0.5, 1,
-        I=width, E=experts, H=depth, COLUMNS=COLUMNS, STAGES=stages, EARLY=min(EARLY, stages),
+        I=width, E=experts, H=depth, COLUMNS=COLUMNS, STAGES=stages,
+        EARLY=early_of(stages, weight.itemsize, programs),
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 

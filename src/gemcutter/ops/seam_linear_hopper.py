@@ -17,11 +17,11 @@ from gemcutter.ops.row import added, norm_factor, norm_factors, normed
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, store_row
 from gemcutter.ops.seam_stream_hopper import (
     COLUMNS,
-    EARLY,
     ROWS,
     ask,
     barrier,
     boxes_of,
+    early_of,
     stages_of,
     together,
     walk,
@@ -122,7 +122,7 @@ def stream_seam_linear(
     _seam_linear_kernel[(programs,)](
         desc, weight_scale, out, residual, post, scalar, next_norm, slots, dense_post, expert_post, ids, weights,
         factor, hidden, product, eps, 1,
-        N=columns, H=depth, ROWS=rows, COLUMNS=COLUMNS, STAGES=stages, EARLY=min(EARLY, stages),
+        N=columns, H=depth, ROWS=rows, COLUMNS=COLUMNS, STAGES=stages, EARLY=early_of(stages, size, programs),
         TOP_K=0 if ids is None else ids.shape[1], SETTLED=settled and ids is not None,
         LAST=next_norm is not None, GATED=factor is not None,
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,

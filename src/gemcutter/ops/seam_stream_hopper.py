@@ -25,8 +25,10 @@ ROWS = 64  # of weights a program
 SHARED = 226 * 1024  # bytes for x and the stages of weights
 PROCESSORS = 132
 # Stages that are asked for before the join, while the kernel ahead still needs the memory: with all five a layer of
-# E4B takes 67.2 µs in place of 66.4, with none 26B-A4B's o projection is no faster and the next kernel slower.
-EARLY = 1
+# E4B takes 67.2 µs in place of 66.4, with none 26B-A4B's o projection is no faster and the next kernel slower. Of
+# FP8's, half as large, four are better where a program has an SM for itself: a step of 26B-A4B takes 1.93 ms with
+# 4, 1.96 with 1, 1.94 with all. Where two share it, one is: 12 layers of 31B take 2.25 ms with 1, 2.30 with 4.
+EARLY, EARLY_FP8 = 1, 4
 WIDEST, WIDEST_FP8 = 3072, 5376  # rows that were measured; half as many bytes leave room for twice the columns
 RING = gl.constexpr(4)  # steps of a long row: two that are multiplied, and two to come
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -110,6 +112,10 @@ def stages_of(depth: int, itemsize: int, x_itemsize: int, programs: int = 0) -> 
     in_all, in_half = ((shared - x) // (ROWS * COLUMNS * itemsize) for shared in (SHARED, SHARED // 2))
     halved = itemsize == 1 and programs > PROCESSORS and in_half >= min(4, steps)
     return min(steps, in_half if halved else in_all)
+
+
+def early_of(stages: int, itemsize: int, programs: int) -> int:
+    return min(stages, EARLY_FP8 if itemsize == 1 and programs <= PROCESSORS else EARLY)
 
 
 def streams_behind_seam(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor, slots: bool = False) -> bool:
