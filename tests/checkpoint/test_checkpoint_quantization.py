@@ -109,6 +109,34 @@ def test_a_merged_weight_goes_one_way():
     assert held_in_fp8(table, every | {"k": Scheme("tensor", "per token")}) == {"qkv", "o"}
 
 
+@pytest.mark.parametrize(
+    "weights, inputs, scheme",
+    [
+        ({}, {}, Scheme("tensor", "per tensor, static")),
+        ({"group_size": -1}, {"dynamic": True}, Scheme("channel", "per tensor")),
+        ({"strategy": "channel"}, {"strategy": "token", "dynamic": True}, Scheme("channel", "per token")),
+        ({"group_size": -1}, {"group_size": 16, "dynamic": True}, Scheme("channel", "per 16 columns")),
+        ({"strategy": "block", "block_structure": [1, 128]}, None, Scheme("block", None, (1, 128))),
+    ],
+)
+def test_what_is_not_said_is_as_in_the_library(weights, inputs, scheme):
+    library = pytest.importorskip("compressed_tensors.quantization")
+    fp8 = {"type": "float"}
+    config = quantization_config(fp8 | weights, None if inputs is None else fp8 | inputs)
+    assert parse(config).schemes == {"Linear": scheme}
+    theirs = library.QuantizationArgs(**fp8, **weights)
+    assert (theirs.strategy, theirs.num_bits, theirs.symmetric, theirs.dynamic) == (scheme.weights, 8, True, False)
+    if inputs is not None:
+        theirs = library.QuantizationArgs(**fp8, **inputs)
+        said = {"token": "per token", "tensor": "per tensor", "group": "per 16 columns"}[theirs.strategy]
+        assert said + ("" if theirs.dynamic else ", static") == scheme.activations
+
+
+def test_groups_that_a_size_implies_are_refused():
+    with pytest.raises(CheckpointError, match="weights: strategy must be channel, tensor or block"):
+        parse(quantization_config({"type": "float", "group_size": 16}))
+
+
 def changed(weights=(), inputs=(), group=(), **config):
     made = quantization_config(CHANNEL | dict(weights), TOKEN | dict(inputs), **config)
     if group:
