@@ -4,9 +4,12 @@ import asyncio
 
 from gemcutter.schedule.request import Update
 
+MOST = 256  # updates at once: with 20 logprobs each their chunks take 25 ms, for which all else waits
+
 
 class Flight:
-    """`news` hands over everything that arrived since the last call, so a slow reader catches up in one go.
+    """`news` hands over what arrived since the last call, MOST updates at a time: a slow reader catches up in few
+    goes, between which others have their turn.
 
     Unread news is bounded by the tokens that the request may still generate.
     """
@@ -33,7 +36,9 @@ class Flight:
         if not self._news:
             assert self._error is not None, "woken without news"
             raise self._error
-        news, self._news = self._news, []
-        if self._error is None:
+        news, self._news = self._news[:MOST], self._news[MOST:]
+        if self._news:
+            await asyncio.sleep(0)
+        elif self._error is None:
             self._arrived.clear()
         return news
