@@ -10,6 +10,7 @@ from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
 from gemcutter.model import glm4_moe_plain, plain
 from gemcutter.model.models import MODELS
+from gemcutter.run.ahead import compile_ahead
 from gemcutter.spec import Family, LayerSpec
 
 # Chunks of sequences, as `step_batch` takes them.
@@ -47,9 +48,11 @@ def of_layers(spec, weights, chunks) -> dict[str, int]:
         calls.append(args)
         return layer_of(*args)
 
-    model.decoder_layer = recorded
     count = sum(stop - start for start, stop in chunks)
-    logits_of_all(model, step_batch(torch.arange(count, device=weights.embed.device), chunks, tables), pool)
+    batch = step_batch(torch.arange(count, device=weights.embed.device), chunks, tables)
+    compile_ahead([lambda: logits_of_all(model, batch, pool)])
+    model.decoder_layer = recorded
+    logits_of_all(model, batch, pool)
     found = {}
     for layer, w, following, *rest in calls:
         following = weights.layers[0] if following is None else following
