@@ -5,7 +5,7 @@ from enum import StrEnum
 import triton
 import triton.language as tl
 
-from gemcutter.ops.geglu import geglu_reference, gelu_tanh
+from gemcutter.ops.geglu import geglu_reference, gelu
 from gemcutter.ops.swiglu import silu, swiglu_reference
 
 
@@ -27,8 +27,8 @@ def check_activation(activation: str) -> None:
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """float32 -> float32"""
+    """Of any float dtype -> the same, rounded from float."""
     if ACTIVATION == "silu":
-        return silu(x)
+        return silu(x.to(tl.float32)).to(x.dtype)
     else:
-        return gelu_tanh(x)
+        return gelu(x)

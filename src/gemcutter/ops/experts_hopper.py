@@ -114,7 +114,7 @@ def _one_tile(
         acc = _scaled(acc, x_scale_ptr, weight_scale_ptr, order_ptr, expert, row, end, col, N, COLS, TOP_K, UP)
     if UP:
         gate, up = acc.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
-        activated = activate_gate(gate.to(dtype).to(gl.float32), ACTIVATION).to(dtype).to(gl.float32)
+        activated = activate_gate(gate.to(dtype), ACTIVATION).to(gl.float32)
         result = gl.convert_layout((activated * up.to(dtype).to(gl.float32)).to(dtype), rows_layout)
     else:
         result = gl.convert_layout(acc.to(dtype), rows_layout)

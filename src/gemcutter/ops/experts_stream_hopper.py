@@ -31,7 +31,7 @@ from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 
 MOST_STREAMED = 16  # tokens; with 32, whose rows of x fill shared memory, 424 µs against 317 for Triton's tiles
-COLS, UP_STAGES = 32, 4  # stages of 256 bytes of K, 72 KiB: three programs an SM
+COLS = 32
 ROWS = 64
 WIDEST_HELD = 2048  # columns of the rows that `down` in FP8 keeps in registers: 1536 of 16 tokens take 228 a thread
 activate_gate = gluon.jit(activate.fn)
@@ -137,9 +137,9 @@ def _up_stream_kernel(
         both = gl.allocate_shared_memory(gl.float32, [2 * COLS, BLOCK_T], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         both.store(acc)
         columns: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, gl.num_warps()], [0, 1])
-        gate = both.slice(0, COLS).load(columns).to(out_dtype).to(gl.float32)
+        gate = both.slice(0, COLS).load(columns).to(out_dtype)
         up = both.slice(COLS, COLS).load(columns).to(out_dtype).to(gl.float32)
-        result = (activate_gate(gate, ACTIVATION).to(out_dtype).to(gl.float32) * up).to(out_dtype)
+        result = (activate_gate(gate, ACTIVATION).to(gl.float32) * up).to(out_dtype)
         target = gl.convert_layout(slots, gl.SliceLayout(0, columns))
         col = first_col + gl.arange(0, COLS, gl.SliceLayout(1, columns))
         at = out_ptr + target[None, :].to(gl.int64) * N + col[:, None]
@@ -251,13 +251,13 @@ def stream_experts(
     activated = torch.empty(num_slots, width, dtype=dtype, device=x.device)
     slots = torch.empty(num_slots, hidden, dtype=dtype, device=x.device)
     block_t = 8 if tokens <= 8 else 16
-    up_k, down_k, down_stages = stream_tile(x.dtype, tokens)
+    (up_k, up_stages), (down_k, down_stages) = stream_tiles(x.dtype, tokens)
     shape = dict(TOP_K=top_k, K_BLOCK=triton.next_power_of_2(top_k), BLOCK_T=block_t)
     options = dict(num_warps=4, launch_pdl=True, enable_fp_fusion=False)
     _up_stream_kernel[(num_slots * triton.cdiv(width, COLS),)](
         descriptor(gate_up.flatten(0, 1), [COLS, up_k]), gate_up_scale, descriptor(x, [block_t, up_k]), x_scale,
         ids, activated, tokens,
-        N=width, K=hidden, COLS=COLS, BLOCK_K=up_k, STAGES=UP_STAGES,
+        N=width, K=hidden, COLS=COLS, BLOCK_K=up_k, STAGES=up_stages,
         ACTIVATION=str(activation), SETTLED=settled, **shape, **options,
     )  # fmt: skip
     _down_stream_kernel[(num_slots * triton.cdiv(hidden, ROWS),)](
@@ -267,11 +267,13 @@ def stream_experts(
     return slots
 
 
-def stream_tile(dtype: torch.dtype, tokens: int) -> tuple[int, int, int]:
-    """K a stage of up and of down, and down's stages: of 704 columns 11 steps in halves, in FP8 5 and a half.
+def stream_tiles(dtype: torch.dtype, tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """K a stage, and stages, of up and of down: of 704 columns 11 steps in halves, in FP8 5 and a half.
 
-    With 4 stages for 6 all programs of `down` for one token find room beside those of `up`: 12.1 µs for 12.9.
+    Three programs of `up` share an SM, with 72 KiB each or less. In FP8 that takes 3 stages for more than 8 tokens,
+    and with 4 for 6 `down` finds room beside them: 16 tokens take 122 µs for 132, one 12.1 for 12.9. For 2 to 8
+    tokens 6 are as fast or 1 % faster.
     """
     if dtype == torch.float8_e4m3fn:
-        return 256, 128, 4 if tokens == 1 else 6
-    return 128, 64, 7 if tokens <= 8 else 5
+        return (256, 4 if tokens <= 8 else 3), (128, 6 if 1 < tokens <= 8 else 4)
+    return (128, 4), (64, 7 if tokens <= 8 else 5)

@@ -60,7 +60,7 @@ def _up_kernel(
         gate = tl.dot(x, w_gate, gate, input_precision="ieee")
         up = tl.dot(x, w_up, up, input_precision="ieee")
     dtype = hidden_ptr.dtype.element_ty
-    activated = activate(gate.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
+    activated = activate(gate.to(dtype), ACTIVATION).to(tl.float32)
     out = (activated * up.to(dtype).to(tl.float32)).to(dtype)
     at = hidden_ptr + row[:, None].to(tl.int64) * N + col[None, :]
     tl.store(at, out, mask=row_in[:, None] & col_in[None, :])

@@ -52,7 +52,7 @@ def _up_fp8_kernel(
     acc = acc * x_scale[None, :] * weight_scale[:, None]
     gate, up = acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0).split()
     dtype = hidden_ptr.dtype.element_ty
-    activated = activate(gate.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
+    activated = activate(gate.to(dtype), ACTIVATION).to(tl.float32)
     out = (activated * up.to(dtype).to(tl.float32)).to(dtype)
     col = first_col + tl.arange(0, BLOCK_N)
     at = hidden_ptr + row[None, :].to(tl.int64) * N + col[:, None]
