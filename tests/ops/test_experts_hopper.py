@@ -7,7 +7,8 @@ import torch
 from interpreter import interpret
 
 from gemcutter.ops.expert_slots import expert_slots
-from gemcutter.ops.experts_hopper import BLOCK_M, BLOCK_N, HALF, _rows_layout, grouped_experts
+from gemcutter.ops.experts_hopper import BLOCK_M, BLOCK_N, HALF, grouped_experts
+from gemcutter.ops.experts_results import rows_layout_of
 from gemcutter.ops.experts_table import Plan
 from gemcutter.ops.experts_tiles import built_in_tiles
 from gemcutter.ops.linear_hopper import loads_by_tma
@@ -45,7 +46,7 @@ def check_table() -> None:
 @pytest.mark.parametrize("rows", [HALF, BLOCK_M])
 @pytest.mark.parametrize("columns", [BLOCK_N // 2, BLOCK_N])
 def test_every_element_of_a_tile_has_one_thread(rows, columns):
-    layout = _rows_layout(rows, columns)
+    layout = rows_layout_of(rows, columns)
     places = torch.zeros(1, 2, dtype=torch.int64)
     for base in (*layout.reg_bases, *layout.lane_bases, *layout.warp_bases):
         places = torch.cat([places, places ^ torch.tensor(base)])

@@ -24,8 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemcutter.ops.activation import Activation, activate
+from gemcutter.ops.activation import Activation
 from gemcutter.ops.experts_loaders import load_rows, load_scattered_rows, tile_at
+from gemcutter.ops.experts_results import channel_scales, places, row_scales, rows_layout_of, store_results
 from gemcutter.ops.linear_fp8 import dtype_of
 from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
@@ -33,7 +34,6 @@ from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
 # One program an SM: 6 stages of 32 KiB. Half a tile of rows is a box of TMA, and what an expert's last tile may be.
 BLOCK_M, BLOCK_N, STAGE_BYTES, STAGES = 128, 128, 128, 6  # bytes of K a row in a stage
 HALF = BLOCK_M // 2
-activate_gate = gluon.jit(activate.fn)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -64,27 +64,33 @@ def _multiply(
     first = gl.program_id(0) + turn * gl.num_programs(0)
     used = turn * STEPS  # stages that are spent when this tile begins
     tiles_done = 0
+    expert, row, end, col = tile_at(table_ptr, gl.minimum(first, tiles - 1), N, COLS)
     for tile in range(first, tiles, 2 * gl.num_programs(0)):
-        expert, row, end, col = tile_at(table_ptr, tile, N, COLS)
-        # Its own stages' phases can be told from earlier ones only when the other group has seen all of its stages.
-        mbarrier.wait(turns.index(turn), (tiles_done + 1 - turn) & 1)
+        # Asked for a tile ahead: what it takes to come would keep the tensor cores waiting.
+        coming = gl.minimum(tile + 2 * gl.num_programs(0), tiles - 1)
+        next_expert, next_row, next_end, next_col = tile_at(table_ptr, coming, N, COLS)
+        phase = (tiles_done + 1 - turn) & 1
         if end - row > PART.shape[0]:
             _one_tile(
-                turn, turns, ring, results, used, expert, row, end, col,
+                turn, turns, phase, ring, results, used, expert, row, end, col,
                 STEPS, N, COLS, TOP_K, UP, ACTIVATION, WHOLE,
             )  # fmt: skip
         else:
             _one_tile(
-                turn, turns, ring, results, used, expert, row, end, col,
+                turn, turns, phase, ring, results, used, expert, row, end, col,
                 STEPS, N, COLS, TOP_K, UP, ACTIVATION, PART,
             )  # fmt: skip
         used += 2 * STEPS
         tiles_done += 1
+        expert = next_expert
+        row = next_row
+        end = next_end
+        col = next_col
 
 
 @gluon.jit
 def _one_tile(
-    turn: gl.constexpr, turns, ring, results, used, expert, row, end, col,
+    turn: gl.constexpr, turns, phase, ring, results, used, expert, row, end, col,
     STEPS: gl.constexpr, N: gl.constexpr, COLS: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
     ACTIVATION: gl.constexpr, rows_layout: gl.constexpr,
 ):  # fmt: skip
@@ -94,9 +100,18 @@ def _one_tile(
     STAGES: gl.constexpr = x_stages.shape[0]
     BLOCK_N: gl.constexpr = w_stages.shape[1]
     ROWS: gl.constexpr = rows_layout.shape[0]
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
     depth: gl.constexpr = 256 // x_stages.dtype.primitive_bitwidth  # of an instruction
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, depth])
+    # What the results need comes while the other group multiplies, but not the channels' scales of `up`, for which
+    # there are no registers: its last lines have time, since K is long.
+    target = places(order_ptr, row, end, UP, rows_layout)
+    scaled: gl.constexpr = weight_scale_ptr is not None
+    if scaled:
+        row_scale = row_scales(x_scale_ptr, order_ptr, row, end, ROWS, TOP_K, UP, layout)
+        if not UP:
+            channel_scale = channel_scales(weight_scale_ptr, expert, col, N, COLS, UP, layout)
+    # Its own stages' phases can be told from earlier ones only when the other group has seen all of its stages.
+    mbarrier.wait(turns.index(turn), phase)
     acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
     for step in range(STEPS):
         now = (used + step) % STAGES
@@ -110,34 +125,11 @@ def _one_tile(
     mbarrier.arrive(turns.index(1 - turn))
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(free.index((used + STEPS - 1) % STAGES))
-    if weight_scale_ptr is not None:
-        acc = _scaled(acc, x_scale_ptr, weight_scale_ptr, order_ptr, expert, row, end, col, N, COLS, TOP_K, UP)
-    if UP:
-        gate, up = acc.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
-        activated = activate_gate(gate.to(dtype), ACTIVATION).to(gl.float32)
-        result = gl.convert_layout((activated * up.to(dtype).to(gl.float32)).to(dtype), rows_layout)
-    else:
-        result = gl.convert_layout(acc.to(dtype), rows_layout)
-    row += gl.arange(0, ROWS, gl.SliceLayout(1, rows_layout))
-    col += gl.arange(0, COLS, gl.SliceLayout(0, rows_layout))
-    target = row if UP else gl.load(order_ptr + row, mask=row < end, other=0)
-    at = out_ptr + target[:, None].to(gl.int64) * N + col[None, :]
-    gl.store(at, result, mask=(row < end)[:, None] & (col < N)[None, :])
-
-
-@gluon.jit
-def _scaled(
-    acc, x_scale_ptr, weight_scale_ptr, order_ptr, expert, row, end, col,
-    N: gl.constexpr, COLS: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr,
-):  # fmt: skip
-    row += gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
-    lane = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    col += lane % COLS
-    channel = expert * (2 * N if UP else N) + col + lane // COLS * N
-    weight_scale = gl.load(weight_scale_ptr + channel, mask=col < N, other=0.0)
-    source = gl.load(order_ptr + row, mask=row < end, other=0) // TOP_K if UP else row
-    x_scale = gl.load(x_scale_ptr + source, mask=row < end, other=0.0)
-    return acc * x_scale[:, None] * weight_scale[None, :]
+    if scaled:
+        if UP:
+            channel_scale = channel_scales(weight_scale_ptr, expert, col, N, COLS, UP, layout)
+        acc = acc * row_scale[:, None] * channel_scale[None, :]
+    store_results(acc, out_ptr, target, row, end, col, N, COLS, UP, ACTIVATION, rows_layout)
 
 
 @gluon.jit
@@ -199,27 +191,6 @@ def _grouped_kernel(
         )  # fmt: skip
 
 
-def _rows_layout(rows: int, columns: int) -> gl.DistributedLinearLayout:
-    """Of a result about to be stored: 16 bytes a thread, and a row where the accumulator has it.
-
-    From one layout to the other nothing leaves its warp, so 2 KiB of shared memory and no barrier do.
-    """
-    registers = [
-        [0, 1],
-        [0, 2],
-        [0, 4],
-        *([0, i] for i in _powers(32, columns)),
-        [8, 0],
-        *([i, 0] for i in _powers(64, rows)),
-    ]
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
-
-
-def _powers(begin: int, end: int) -> list[int]:
-    return [1 << i for i in range(begin.bit_length() - 1, end.bit_length() - 1)]
-
-
 def grouped_experts(
     x: torch.Tensor | Quantized,
     order: torch.Tensor,
@@ -260,7 +231,7 @@ def grouped_experts(
             x, x_scale, stride, descriptor(weight.flatten(0, 1), [columns, block_k]), weight_scale,
             table, order, out, N=out.shape[1], K=weight.shape[2], TOP_K=top_k,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=STAGES, UP=up, ACTIVATION=str(activation),
-            WHOLE=_rows_layout(BLOCK_M, columns), PART=_rows_layout(HALF, columns), num_warps=4,
+            WHOLE=rows_layout_of(BLOCK_M, columns), PART=rows_layout_of(HALF, columns), num_warps=4,
             enable_fp_fusion=False,  # said outright: the default is an environment variable's
         )  # fmt: skip
 
