@@ -11,6 +11,7 @@ from gemcutter.ops.experts_hopper import BLOCK_M, BLOCK_N, HALF, grouped_experts
 from gemcutter.ops.experts_results import rows_layout_of
 from gemcutter.ops.experts_table import Plan
 from gemcutter.ops.experts_tiles import built_in_tiles
+from gemcutter.ops.experts_weave import weaves, woven
 from gemcutter.ops.linear_hopper import loads_by_tma
 from gemcutter.ops.sort_by_expert import sort_by_expert
 
@@ -56,15 +57,30 @@ def test_every_element_of_a_tile_has_one_thread(rows, columns):
     assert layout.warp_bases == [[16, 0], [32, 0]] and layout.reg_bases[:3] == [[0, 1], [0, 2], [0, 4]]
 
 
+def test_woven_rows_give_each_thread_neighbours():
+    """The view that the TMA unit walks, against where wgmma's accumulators lie: two columns of every 8 a thread."""
+    weight = torch.arange(192)[:, None].expand(-1, 64).reshape(2, 96, 64).bfloat16()
+    blocks = woven(weight, 64, 64).base
+    assert torch.equal(blocks.flatten().sort().values, weight.flatten().sort().values)
+    for expert_row in (0, 96, 128):
+        rows = blocks[expert_row // 32 : expert_row // 32 + 2, ..., 0].flatten() - expert_row
+        for thread in range(4):
+            held = torch.tensor([column for column in range(64) if column % 8 // 2 == thread])
+            assert rows[held].tolist() == [32 * i + 8 * thread + n for i in range(2) for n in range(8)]
+    assert weaves(torch.empty(2, 128, 96), torch.empty(2, 96, 64))
+    assert not weaves(torch.empty(2, 96, 96), torch.empty(2, 96, 48))
+    assert not weaves(torch.empty(2, 128, 80), torch.empty(2, 80, 64))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "tokens,num_experts,top_k,hidden,width,hot",
     [
         (1, 4, 2, 64, 32, None),  # a step a product, fewer stages than the ring has
-        (70, 5, 1, 136, 72, None),
-        (300, 8, 4, 200, 72, None),
-        (900, 16, 3, 136, 40, 3),
+        (70, 5, 1, 160, 96, None),
+        (300, 8, 4, 224, 96, None),
+        (900, 16, 3, 160, 32, 3),
         (333, 128, 8, 2816, 704, None),
         (1500, 128, 8, 2816, 704, 9),
     ],

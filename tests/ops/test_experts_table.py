@@ -146,7 +146,7 @@ def weights(dtype=torch.bfloat16, kind=OnGpu):
 def test_the_plan_is_the_tables(folder, monkeypatch, caplog):
     put()
     monkeypatch.setattr(experts_tiles, "_device_name", lambda device: TABLE.device)
-    monkeypatch.setattr(experts_tiles, "loads_by_tma", lambda *matrices: True)
+    monkeypatch.setattr(experts_tiles, "takes_groups", lambda *matrices: True)
     monkeypatch.setattr(experts_tiles, "streams", lambda x, *weights: len(x) <= 4)
     assert plan(1) == Plan("stream") and plan(2000) == Plan("grouped")
     assert plan(5) == PLANS[8] and plan(40) == TILES
@@ -154,7 +154,7 @@ def test_the_plan_is_the_tables(folder, monkeypatch, caplog):
     put(plans={4: Plan("stream"), 6: PLANS[8]}, times={n: TABLE.times[8] for n in (4, 6)})
     load_table.cache_clear()
     assert plan(4) == Plan("stream")
-    monkeypatch.setattr(experts_tiles, "loads_by_tma", lambda *matrices: False)
+    monkeypatch.setattr(experts_tiles, "takes_groups", lambda *matrices: False)
     monkeypatch.setattr(experts_tiles, "streams", lambda x, *weights: False)
     assert plan(4) == PLANS[8]
     # And what no table is for goes by the rule.

@@ -24,9 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemcutter.ops.activation import Activation
+from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.experts_loaders import load_rows, load_scattered_rows, tile_at
-from gemcutter.ops.experts_results import channel_scales, places, row_scales, rows_layout_of, store_results
+from gemcutter.ops.experts_results import channel_scales, places, row_scales, rows_layout_of
+from gemcutter.ops.experts_weave import rows_of, unwoven, weaves, woven
 from gemcutter.ops.linear_fp8 import dtype_of
 from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
@@ -34,6 +35,7 @@ from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
 # One program an SM: 6 stages of 32 KiB. Half a tile of rows is a box of TMA, and what an expert's last tile may be.
 BLOCK_M, BLOCK_N, STAGE_BYTES, STAGES = 128, 128, 128, 6  # bytes of K a row in a stage
 HALF = BLOCK_M // 2
+activate_gate = gluon.jit(activate.fn)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -98,18 +100,20 @@ def _one_tile(
     x_stages, w_stages, ready, free = ring
     x_scale_ptr, weight_scale_ptr, order_ptr, out_ptr = results
     STAGES: gl.constexpr = x_stages.shape[0]
-    BLOCK_N: gl.constexpr = w_stages.shape[1]
+    BLOCK_N: gl.constexpr = 2 * COLS if UP else COLS
     ROWS: gl.constexpr = rows_layout.shape[0]
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
     depth: gl.constexpr = 256 // x_stages.dtype.primitive_bitwidth  # of an instruction
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, depth])
     # What the results need comes while the other group multiplies, but not the channels' scales of `up`, for which
     # there are no registers: its last lines have time, since K is long.
     target = places(order_ptr, row, end, UP, rows_layout)
     scaled: gl.constexpr = weight_scale_ptr is not None
+    row_scale, channel_scale = 1.0, 1.0
     if scaled:
-        row_scale = row_scales(x_scale_ptr, order_ptr, row, end, ROWS, TOP_K, UP, layout)
+        row_scale = row_scales(x_scale_ptr, order_ptr, row, end, TOP_K, UP, rows_layout)
         if not UP:
-            channel_scale = channel_scales(weight_scale_ptr, expert, col, N, COLS, UP, layout)
+            channel_scale = channel_scales(weight_scale_ptr, expert * N + col, col, N, COLS, rows_layout)
     # Its own stages' phases can be told from earlier ones only when the other group has seen all of its stages.
     mbarrier.wait(turns.index(turn), phase)
     acc = gl.zeros([ROWS, BLOCK_N], gl.float32, layout)
@@ -119,17 +123,32 @@ def _one_tile(
         if UP:
             fence_async_shared()  # rows came by plain copies, which wgmma sees behind a fence
         x = x_stages.index(now).slice(0, ROWS)
-        acc = warpgroup_mma(x, w_stages.index(now).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(x, rows_of(w_stages.index(now)).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(free.index((used + step + STAGES - 1) % STAGES), pred=step > 0)
     mbarrier.arrive(turns.index(1 - turn))
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(free.index((used + STEPS - 1) % STAGES))
-    if scaled:
-        if UP:
-            channel_scale = channel_scales(weight_scale_ptr, expert, col, N, COLS, UP, layout)
-        acc = acc * row_scale[:, None] * channel_scale[None, :]
-    store_results(acc, out_ptr, target, row, end, col, N, COLS, UP, ACTIVATION, rows_layout)
+    if UP:
+        both = acc.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
+        gate, up = unwoven(both[0], rows_layout), unwoven(both[1], rows_layout)
+        if scaled:
+            channel = expert * (2 * N) + col
+            gate *= row_scale[:, None]
+            gate *= channel_scales(weight_scale_ptr, channel, col, N, COLS, rows_layout)[None, :]
+            up *= row_scale[:, None]
+            up *= channel_scales(weight_scale_ptr, channel + N, col, N, COLS, rows_layout)[None, :]
+        activated = activate_gate(gate.to(dtype), ACTIVATION).to(gl.float32)
+        result = (activated * up.to(dtype).to(gl.float32)).to(dtype)
+    else:
+        acc = unwoven(acc, rows_layout)
+        if scaled:
+            acc = acc * row_scale[:, None] * channel_scale[None, :]
+        result = acc.to(dtype)
+    row += gl.arange(0, ROWS, gl.SliceLayout(1, rows_layout))
+    col += gl.arange(0, COLS, gl.SliceLayout(0, rows_layout))
+    at = out_ptr + target[:, None].to(gl.int64) * N + col[None, :]
+    gl.store(at, result, mask=(row < end)[:, None] & (col < N)[None, :])
 
 
 @gluon.jit
@@ -148,7 +167,9 @@ def _grouped_kernel(
     tiles = gl.load(table_ptr) * ((N + COLS - 1) // COLS)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], weight_desc.dtype)
     x_stages = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], layout)
-    w_stages = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    w_stages = gl.allocate_shared_memory(
+        weight_desc.dtype, [STAGES, BLOCK_N // 32, 4, 4, 2, BLOCK_K], weight_desc.layout
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -228,7 +249,7 @@ def grouped_experts(
         columns = BLOCK_N // 2 if up else BLOCK_N
         programs = min(_processors(out.device), most * triton.cdiv(out.shape[1], columns))
         _grouped_kernel[(programs,)](
-            x, x_scale, stride, descriptor(weight.flatten(0, 1), [columns, block_k]), weight_scale,
+            x, x_scale, stride, woven(weight, columns, block_k), weight_scale,
             table, order, out, N=out.shape[1], K=weight.shape[2], TOP_K=top_k,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, STAGES=STAGES, UP=up, ACTIVATION=str(activation),
             WHOLE=rows_layout_of(BLOCK_M, columns), PART=rows_layout_of(HALF, columns), num_warps=4,
@@ -253,4 +274,8 @@ def groups(gate_up: torch.Tensor, down: torch.Tensor, num_slots: int) -> bool:
     at 4 rows 192 µs for 188, at 16 202 for 219.
     """
     rows = 8 if down.dtype == torch.float8_e4m3fn else 48
-    return num_slots > rows * len(down) and loads_by_tma(gate_up, down)
+    return num_slots > rows * len(down) and takes_groups(gate_up, down)
+
+
+def takes_groups(gate_up: torch.Tensor, down: torch.Tensor) -> bool:
+    return loads_by_tma(gate_up, down) and weaves(gate_up, down)

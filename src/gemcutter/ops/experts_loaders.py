@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
+from gemcutter.ops.experts_weave import load_woven
 from gemcutter.ops.linear_hopper import load_tile
 
 # As with `load_tile`: 3.9 has it under the shorter name only.
@@ -24,12 +25,13 @@ def tile_at(table_ptr, tile, N: gl.constexpr, COLS: gl.constexpr):
 
 
 @gluon.jit
-def _load_weights(weight_desc, row, k, ready, stage, N: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr):
+def _load_weights(weight_desc, row, k, ready, stage, N: gl.constexpr, UP: gl.constexpr):
     if UP:
-        load_tile(weight_desc, [row, k], ready, stage.slice(0, COLS))
-        load_tile(weight_desc, [row + N, k], ready, stage.slice(COLS, COLS))
+        HALF: gl.constexpr = stage.shape[0] // 2
+        load_woven(weight_desc, row, k, ready, stage.slice(0, HALF))
+        load_woven(weight_desc, row + N, k, ready, stage.slice(HALF, HALF))
     else:
-        load_tile(weight_desc, [row, k], ready, stage)
+        load_woven(weight_desc, row, k, ready, stage)
 
 
 @gluon.jit
@@ -43,7 +45,7 @@ def load_rows(
     HALF: gl.constexpr = x_stages.shape[1] // 2
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     ROW: gl.constexpr = BLOCK_K * x_stages.dtype.primitive_bitwidth // 8  # bytes
-    BYTES: gl.constexpr = (w_stages.shape[1] + HALF) * ROW
+    BYTES: gl.constexpr = (COLS + HALF) * ROW
     used = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, row, end, col = tile_at(table_ptr, tile, N, COLS)
@@ -53,7 +55,7 @@ def load_rows(
             mbarrier.wait(free.index(now), (used // STAGES + 1) & 1)
             mbarrier.expect(ready.index(now), BYTES, pred=end - row <= HALF)
             mbarrier.expect(ready.index(now), BYTES + HALF * ROW, pred=whole)
-            _load_weights(weight_desc, expert * N + col, k, ready.index(now), w_stages.index(now), N, COLS, False)
+            _load_weights(weight_desc, expert * N + col, k, ready.index(now), w_stages.index(now), N, False)
             x = x_stages.index(now)
             load_tile(x_desc, [row, k], ready.index(now), x.slice(0, HALF))
             load_tile(x_desc, [row + HALF, k], ready.index(now), x.slice(HALF, HALF), pred=whole)
@@ -71,7 +73,7 @@ def load_scattered_rows(
     BLOCK_M: gl.constexpr = x_stages.shape[1]
     BLOCK_K: gl.constexpr = x_stages.shape[2]
     PACK: gl.constexpr = 128 // x_stages.dtype.primitive_bitwidth  # elements of 16 bytes
-    BYTES: gl.constexpr = w_stages.shape[1] * BLOCK_K * 16 // PACK
+    BYTES: gl.constexpr = 2 * COLS * BLOCK_K * 16 // PACK
     layout: gl.constexpr = gl.BlockedLayout([1, PACK], [4, 8], [gl.num_warps(), 1], [1, 0])
     lane_k = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     used = 0
@@ -84,9 +86,7 @@ def load_scattered_rows(
             now = used % STAGES
             mbarrier.wait(free.index(now), (used // STAGES + 1) & 1)
             mbarrier.expect(ready.index(now), BYTES)
-            _load_weights(
-                weight_desc, expert * 2 * N + col, k, ready.index(now), w_stages.index(now), N, COLS, True
-            )
+            _load_weights(weight_desc, expert * 2 * N + col, k, ready.index(now), w_stages.index(now), N, True)
             real = (row < end)[:, None] & (lane_k < K - k)[None, :]  # the others come as zeros
             copy_rows(x_stages.index(now), x_at + k, mask=real)
             async_copy.mbarrier_arrive(ready.index(now), increment_count=False)

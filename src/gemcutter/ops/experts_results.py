@@ -3,10 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from gemcutter.ops.activation import activate
-
-activate_gate = gluon.jit(activate.fn)
-
 
 @gluon.jit
 def places(order_ptr, row, end, UP: gl.constexpr, layout: gl.constexpr):
@@ -16,44 +12,17 @@ def places(order_ptr, row, end, UP: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def row_scales(
-    scale_ptr, order_ptr, row, end,
-    ROWS: gl.constexpr, TOP_K: gl.constexpr, UP: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    row += gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+def row_scales(scale_ptr, order_ptr, row, end, TOP_K: gl.constexpr, UP: gl.constexpr, layout: gl.constexpr):
+    row += gl.arange(0, layout.shape[0], gl.SliceLayout(1, layout))
     source = gl.load(order_ptr + row, mask=row < end, other=0) // TOP_K if UP else row
     return gl.load(scale_ptr + source, mask=row < end, other=0.0)
 
 
 @gluon.jit
-def channel_scales(
-    scale_ptr, expert, col, N: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """Of COLS columns; of UP those of gate, then those of up."""
-    lane = gl.arange(0, 2 * COLS if UP else COLS, gl.SliceLayout(0, layout))
-    col += lane % COLS
-    channel = expert * (2 * N if UP else N) + col + lane // COLS * N
-    return gl.load(scale_ptr + channel, mask=col < N, other=0.0)
-
-
-@gluon.jit
-def store_results(
-    acc, out_ptr, target, row, end, col,
-    N: gl.constexpr, COLS: gl.constexpr, UP: gl.constexpr, ACTIVATION: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Of UP gate's and up's columns are activated to one. layout: of what is stored."""
-    ROWS: gl.constexpr = acc.shape[0]
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
-    if UP:
-        gate, up = acc.reshape([ROWS, 2, COLS]).permute((0, 2, 1)).split()
-        activated = activate_gate(gate.to(dtype), ACTIVATION).to(gl.float32)
-        result = gl.convert_layout((activated * up.to(dtype).to(gl.float32)).to(dtype), layout)
-    else:
-        result = gl.convert_layout(acc.to(dtype), layout)
-    row += gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    col += gl.arange(0, COLS, gl.SliceLayout(0, layout))
-    at = out_ptr + target[:, None].to(gl.int64) * N + col[None, :]
-    gl.store(at, result, mask=(row < end)[:, None] & (col < N)[None, :])
+def channel_scales(scale_ptr, first, col, N: gl.constexpr, COLS: gl.constexpr, layout: gl.constexpr):
+    """Of columns from `col` on, whose channels begin with `first`."""
+    lane = gl.arange(0, COLS, gl.SliceLayout(0, layout))
+    return gl.load(scale_ptr + first + lane, mask=(col + lane < N) | (N % COLS == 0), other=0.0)
 
 
 def rows_layout_of(rows: int, columns: int) -> gl.DistributedLinearLayout:

@@ -5,10 +5,9 @@ import logging
 
 import torch
 
-from gemcutter.ops.experts_hopper import groups
+from gemcutter.ops.experts_hopper import groups, takes_groups
 from gemcutter.ops.experts_stream_hopper import streams
 from gemcutter.ops.experts_table import DTYPES, Plan, Shape, Table, Tile, read_table, table_path
-from gemcutter.ops.linear_hopper import loads_by_tma
 
 # Tiles of the up and the down product by a bound of mean rows an expert. The first streams weights: many programs,
 # deep queues.
@@ -49,7 +48,7 @@ def takes(plan: Plan, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
     """Whether the plan's kernel runs with these."""
     if plan.kernel == "stream":
         return streams(x, gate_up, down)
-    return plan.kernel == "tiles" or loads_by_tma(gate_up, down)
+    return plan.kernel == "tiles" or takes_groups(gate_up, down)
 
 
 def built_in_tiles(dtype: torch.dtype, rows: float) -> tuple[Tile, Tile]:
