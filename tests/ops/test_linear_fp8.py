@@ -9,12 +9,12 @@ from gemcutter.ops.gate_up_fp8_hopper import gate_up_fp8_tile, streams_gate_up_f
 from gemcutter.ops.geglu import geglu
 from gemcutter.ops.linear import linear
 from gemcutter.ops.linear_fp8 import (
-    MOST_STREAMED,
     library_product,
     linear_fp8_launch,
     linear_fp8_reference,
 )
 from gemcutter.ops.linear_fp8_hopper import is_long, row_stages, streams_row
+from gemcutter.ops.linear_hopper import ROWS, stream_fp8_tile, stream_tile
 from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8, quantize_fp8_reference
 from gemcutter.verify.compare import count_differing
 from gemcutter.verify.inputs import Draw, Kind
@@ -216,6 +216,18 @@ def hopper() -> bool:
     return torch.cuda.get_device_capability() == (9, 0)
 
 
+@pytest.mark.parametrize("columns", [128, 2816, 4224, 5376, 8192, 16384, 43008])
+def test_tiles_fit_the_card(columns):
+    for tile, itemsize in ((stream_tile, 2), (stream_fp8_tile, 1)):
+        for tokens in (1, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 192, 193, 256, 1000, 3000):
+            block_t, block_k, stages = tile(tokens, columns)
+            assert 8 <= block_t < 2 * max(tokens, 16) and block_t <= 256
+            assert (ROWS + block_t) * block_k * itemsize * stages <= 226 * 1024
+            if itemsize == 1 and tokens > 64:
+                # Two tiles of tokens where both find an SM; else the weights are read for once.
+                assert (block_t == 64) == (-(-columns // 64) * -(-tokens // 64) <= 132)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*RELEASED, *ODD], ids=str)
 def test_gpu_rows_do_not_know_each_other(shape):
@@ -239,11 +251,12 @@ def test_gpu_rows_do_not_know_each_other(shape):
         64,
         65,
         100,
-        MOST_STREAMED,
-        MOST_STREAMED + 1,
+        128,
+        129,
         144,
         200,
         256,
+        257,
         300,
         512,
         1000,
