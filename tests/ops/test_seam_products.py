@@ -12,9 +12,9 @@ from gemcutter.ops.geglu import gelu_mul
 from gemcutter.ops.layer_seam import Routed, layer_seam
 from gemcutter.ops.linear import linear
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8
+from gemcutter.ops.row_stream_hopper import stages_of, streams_behind_seam, x_bytes
 from gemcutter.ops.seam_gate_up import seam_gate_up
 from gemcutter.ops.seam_linear import seam_linear
-from gemcutter.ops.seam_stream_hopper import stages_of, streams_behind_seam
 from gemcutter.verify.compare import count_differing
 
 EPS = 1e-6
@@ -220,9 +220,10 @@ def test_refusals():
 @pytest.mark.parametrize("depth", [256, 512, 1536, 2560, 2816, 3072, 3840, 5376])
 def test_stages_fit(depth, itemsizes):
     """Of weights and of x: FP8 beside a router takes x of 16 bits, too. More programs than SMs go in pairs."""
-    x = -(-depth // 1024) * 8 * 1024 * itemsizes[1]
+    x = x_bytes(depth, itemsizes[1])
+    assert x >= depth * 8 * itemsizes[1]
     for programs in (1, 132, 133, 1000):
-        stages = stages_of(depth, *itemsizes, programs)
+        stages = stages_of(depth, itemsizes[0], x, programs)
         assert 1 <= stages and stages * 256 <= depth
         size = x + stages * 64 * 256 * itemsizes[0] + 256  # and barriers
         assert size <= 227 * 1024
@@ -230,7 +231,7 @@ def test_stages_fit(depth, itemsizes):
 
 
 def test_streams_what_was_measured(monkeypatch):
-    monkeypatch.setattr("gemcutter.ops.seam_stream_hopper.loads_by_tma", lambda *matrices: True)
+    monkeypatch.setattr("gemcutter.ops.row_stream_hopper.loads_by_tma", lambda *matrices: True)
     half = functools.partial(torch.empty, dtype=torch.bfloat16)
     for hidden, *_ in RELEASED:
         x, weight = half(1, hidden), half(8, hidden)

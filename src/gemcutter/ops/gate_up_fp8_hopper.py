@@ -9,15 +9,56 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate, barrier, view
-from gemcutter.ops.linear_fp8_hopper import BLOCK_K, HALF, PROCESSORS, SHARED, ask_for_weights, multiply
-from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
+from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
+from gemcutter.ops.row_stream_hopper import PROCESSORS, SHARED
 
 MOST_TOKENS = 16
+HALF = 32  # rows of weights in a box of TMA, of which a program has two
+BLOCK_K = 256
 TOGETHER = gl.constexpr(8)  # steps of x on their way to shared memory at once; more cost registers
+
+
+@gluon.jit
+def _ask(desc, stages, ready, stage, first, second, step, pred=True):
+    """Two boxes of weights, the rows from `first` and those from `second` on, to one stage."""
+    HALF: gl.constexpr = desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = desc.block_type.shape[1]
+    BYTES: gl.constexpr = 2 * desc.block_type.nbytes
+    mbarrier.expect(ready.index(stage), BYTES, pred=pred)
+    halves = stages.index(stage)
+    load_tile(desc, [first, step * BLOCK_K], ready.index(stage), halves.slice(0, HALF), pred=pred)
+    load_tile(desc, [second, step * BLOCK_K], ready.index(stage), halves.slice(HALF, HALF), pred=pred)
+
+
+@gluon.jit
+def _multiply(desc, stages, ready, x_tiles, first, second, STEPS: gl.constexpr):
+    """[rows of weights, rows of x]: all K in one chain. The first stages were asked for."""
+    STAGES: gl.constexpr = stages.shape[0]
+    BITS: gl.constexpr = desc.dtype.primitive_bitwidth
+    ROWS: gl.constexpr = stages.shape[1]
+    X_ROWS: gl.constexpr = x_tiles.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, X_ROWS, 256 // BITS])
+    acc = gl.zeros([ROWS, X_ROWS], gl.float32, layout)
+    for step in range(STEPS):
+        now = step % STAGES
+        mbarrier.wait(ready.index(now), (step // STAGES) & 1)
+        acc = warpgroup_mma(stages.index(now), x_tiles.index(step).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        if STAGES < STEPS:
+            # The product before this one is done: its stage is free for the weights of STAGES steps later.
+            coming = step - 1 + STAGES
+            more = (step > 0) & (coming < STEPS)
+            _ask(desc, stages, ready, coming % STAGES, first, second, coming, more)
+    return warpgroup_mma_wait(0, deps=(acc,))
 
 
 @gluon.jit
@@ -48,13 +89,13 @@ def _product(
     """[rows of weights, rows of x], of the rows from `first` and from `second` on."""
     STAGES: gl.constexpr = stages.shape[0]
     for stage in gl.static_range(STAGES):
-        ask_for_weights(desc, stages, ready, stage, first, second, stage)
+        _ask(desc, stages, ready, stage, first, second, stage)
     gdc_wait()
     gdc_launch_dependents()
     _copy(x_ptr, tiles, tokens, sixteenths, K, STEPS)
     fence_async_shared()
     barrier()
-    return multiply(desc, stages, ready, tiles, first, second, STEPS)
+    return _multiply(desc, stages, ready, tiles, first, second, STEPS)
 
 
 @gluon.jit

@@ -13,58 +13,24 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.gate_up_hopper import barrier
-from gemcutter.ops.linear_hopper import ROWS, descriptor, load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_line, put_row, put_step
-from gemcutter.ops.seam_stream_hopper import RING, ask, walk
+from gemcutter.ops.row_stream_hopper import (
+    COLUMNS,
+    RING,
+    ROWS,
+    SHARED,
+    ask,
+    barrier,
+    stages_of,
+    walk,
+    x_bytes,
+)
 
-HALF = 32  # rows of weights in a box of TMA; a program has two, which need not be neighbours
-BLOCK_K = 256
-SHARED = 226 * 1024  # bytes of a program, but for barriers and what the compiler needs
-PROCESSORS = 132
 DEEPEST = 22 * 1024  # columns of a row that is quantised in registers; more were not tried
-
-
-@gluon.jit
-def ask_for_weights(desc, stages, ready, stage, first, second, step, pred=True):
-    """Two boxes of weights, the rows from `first` and those from `second` on, to one stage."""
-    HALF: gl.constexpr = desc.block_type.shape[0]
-    BLOCK_K: gl.constexpr = desc.block_type.shape[1]
-    BYTES: gl.constexpr = 2 * desc.block_type.nbytes
-    mbarrier.expect(ready.index(stage), BYTES, pred=pred)
-    halves = stages.index(stage)
-    load_tile(desc, [first, step * BLOCK_K], ready.index(stage), halves.slice(0, HALF), pred=pred)
-    load_tile(desc, [second, step * BLOCK_K], ready.index(stage), halves.slice(HALF, HALF), pred=pred)
-
-
-@gluon.jit
-def multiply(desc, stages, ready, x_tiles, first, second, STEPS: gl.constexpr):
-    """[rows of weights, rows of x]: all K in one chain. The first stages were asked for."""
-    STAGES: gl.constexpr = stages.shape[0]
-    BITS: gl.constexpr = desc.dtype.primitive_bitwidth
-    ROWS: gl.constexpr = stages.shape[1]
-    X_ROWS: gl.constexpr = x_tiles.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, X_ROWS, 256 // BITS])
-    acc = gl.zeros([ROWS, X_ROWS], gl.float32, layout)
-    for step in range(STEPS):
-        now = step % STAGES
-        mbarrier.wait(ready.index(now), (step // STAGES) & 1)
-        acc = warpgroup_mma(stages.index(now), x_tiles.index(step).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        if STAGES < STEPS:
-            # The product before this one is done: its stage is free for the weights of STAGES steps later.
-            coming = step - 1 + STAGES
-            more = (step > 0) & (coming < STEPS)
-            ask_for_weights(desc, stages, ready, coming % STAGES, first, second, coming, more)
-    return warpgroup_mma_wait(0, deps=(acc,))
 
 
 @gluon.jit
@@ -122,7 +88,7 @@ def stream_row(
     columns, depth = weight.shape
     _row_kernel[(triton.cdiv(columns, ROWS),)](
         descriptor(weight, [ROWS, 128]), x, scale, weight_scale, bias, out,
-        N=columns, K=depth, STAGES=row_stages(columns, depth), CHUNKS=BLOCK_K // 128, LONG=is_long(depth),
+        N=columns, K=depth, STAGES=row_stages(columns, depth), CHUNKS=COLUMNS // 128, LONG=is_long(depth),
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -135,14 +101,12 @@ def streams_row(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_long(depth: int) -> bool:
-    """Whether a row as wgmma reads it, with seven others that are not there, leaves less than four stages."""
-    return triton.cdiv(depth, PART.value) * PART.value * 8 > SHARED - 4 * ROWS * BLOCK_K
+    """Whether a row as wgmma reads it leaves less than four stages."""
+    return x_bytes(depth, 1) > SHARED - 4 * ROWS * COLUMNS
 
 
 def row_stages(columns: int, depth: int) -> int:
-    """What x leaves of shared memory; where programs are more than SMs and it allows, of half of it."""
-    x = triton.cdiv(depth, PART.value) * PART.value
-    x = x + RING.value * BLOCK_K * 8 if is_long(depth) else x * 8
-    in_all, in_half = ((shared - x) // (ROWS * BLOCK_K) for shared in (SHARED, SHARED // 2))
-    stages = in_half if triton.cdiv(columns, ROWS) > PROCESSORS and in_half >= 4 else in_all
-    return min(triton.cdiv(depth, BLOCK_K), stages)
+    x = x_bytes(depth, 1)
+    if is_long(depth):
+        x = x // 8 + RING.value * COLUMNS * 8
+    return stages_of(depth, 1, x, triton.cdiv(columns, ROWS))

@@ -27,7 +27,7 @@ from gemcutter.ops.row_hopper import (
     store_quantised_row,
     store_row,
 )
-from gemcutter.ops.seam_stream_hopper import (
+from gemcutter.ops.row_stream_hopper import (
     COLUMNS,
     ROWS,
     ask,
@@ -38,6 +38,7 @@ from gemcutter.ops.seam_stream_hopper import (
     streams_behind_seam,
     together,
     walk,
+    x_bytes,
 )
 
 ROUTER_ROWS = 16  # a program
@@ -155,15 +156,15 @@ def stream_seam_gate_up(
     logits with a router alone.
     """
     depth, width, experts = attended.shape[1], activated.shape[1], 0 if router is None else len(router)
-    programs = experts // ROUTER_ROWS + triton.cdiv(width, ROWS // 2)
-    stages = stages_of(depth, weight.itemsize, 2 if experts else weight.itemsize, programs)
+    size, programs = weight.itemsize, experts // ROUTER_ROWS + triton.cdiv(width, ROWS // 2)
+    stages = stages_of(depth, size, x_bytes(depth, 2 if experts else size), programs)
     _seam_gate_up_kernel[(programs,)](
         boxes_of(weight, parts=2), weight_scale,
         None if router is None else descriptor(router, [ROUTER_ROWS, 128 // router.itemsize]),
         attended, residual, post, pre, expert_pre, router_scale, hidden, activated,
         *(pointers(expert_in) if expert_in else (None, None)), logits, eps, depth**-0.5, 1,
         I=width, E=experts, H=depth, COLUMNS=COLUMNS, STAGES=stages,
-        EARLY=early_of(stages, weight.itemsize, programs),
+        EARLY=early_of(stages, size, programs),
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -14,8 +14,8 @@ from gemcutter.ops.library import define
 from gemcutter.ops.linear import check_linear, linear_launch, linear_reference
 from gemcutter.ops.linear_fp8 import check_linear_fp8, linear_fp8_launch, linear_fp8_reference
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, read_as_pair
+from gemcutter.ops.row_stream_hopper import streams_behind_seam
 from gemcutter.ops.seam_linear_hopper import stream_seam_linear
-from gemcutter.ops.seam_stream_hopper import streams_behind_seam
 
 
 def seam_linear(

@@ -15,7 +15,7 @@ from gemcutter.ops.gate_up_hopper import activate
 from gemcutter.ops.linear_hopper import descriptor
 from gemcutter.ops.row import added, norm_factor, norm_factors, normed
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, store_row
-from gemcutter.ops.seam_stream_hopper import (
+from gemcutter.ops.row_stream_hopper import (
     COLUMNS,
     ROWS,
     ask,
@@ -25,6 +25,7 @@ from gemcutter.ops.seam_stream_hopper import (
     stages_of,
     together,
     walk,
+    x_bytes,
 )
 from gemcutter.ops.slot_sum import slots_in_order, with_slot
 
@@ -118,7 +119,7 @@ def stream_seam_linear(
     few = triton.cdiv(columns, ROWS) < FEW_PROGRAMS
     rows, desc = (FEW_ROWS, descriptor(weight, [FEW_ROWS, 128 // size])) if few else (ROWS, boxes_of(weight))
     programs = triton.cdiv(columns, rows)
-    stages = stages_of(depth, size, size, programs)
+    stages = stages_of(depth, size, x_bytes(depth, size), programs)
     _seam_linear_kernel[(programs,)](
         desc, weight_scale, out, residual, post, scalar, next_norm, slots, dense_post, expert_post, ids, weights,
         factor, hidden, product, eps, 1,

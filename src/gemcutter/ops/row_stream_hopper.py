@@ -1,4 +1,4 @@
-"""One row of x, made by a seam in registers, times weights that stream in: what the kernels that begin so share.
+"""One row of x times weights that stream in: what the kernels that begin with such a row, or a seam, share.
 
 Every program makes x for itself. A seam of its own would be one more kernel in the chain: 1 to 2 µs until its
 reader hears of it, and more until x comes through a memory that the reader's weights have filled.
@@ -104,12 +104,15 @@ def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr, CHUNKS: gl.conste
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
-def stages_of(depth: int, itemsize: int, x_itemsize: int, programs: int = 0) -> int:
-    """As many as x, 8 rows of which one is used, leaves room for; in FP8, where programs are more than SMs and it
-    allows, of half of it.
-    """
-    steps, x = depth // COLUMNS, triton.cdiv(depth, PART.value) * PART.value * 8 * x_itemsize
-    in_all, in_half = ((shared - x) // (ROWS * COLUMNS * itemsize) for shared in (SHARED, SHARED // 2))
+def x_bytes(depth: int, itemsize: int) -> int:
+    """Of shared memory, for a row: wgmma takes eight, of which one is used."""
+    return triton.cdiv(depth, PART.value) * PART.value * 8 * itemsize
+
+
+def stages_of(depth: int, itemsize: int, x_bytes: int, programs: int) -> int:
+    """As many as x leaves room for; in FP8, where programs are more than SMs and it allows, of half of it."""
+    steps = triton.cdiv(depth, COLUMNS)
+    in_all, in_half = ((shared - x_bytes) // (ROWS * COLUMNS * itemsize) for shared in (SHARED, SHARED // 2))
     halved = itemsize == 1 and programs > PROCESSORS and in_half >= min(4, steps)
     return min(steps, in_half if halved else in_all)
 
