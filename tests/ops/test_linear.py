@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from gemcutter.ops.linear import MOST_STREAMED, linear, linear_launch, linear_reference
 from gemcutter.ops.linear_hopper import loads_by_tma
+from gemcutter.ops.linear_row_hopper import streams_row
 from gemcutter.ops.row_blocks import linear_in_blocks
 
 # Weights [N, K] of released layers: qkv, o, gate and up, down, router; the longest sums; odd ones of small models.
@@ -143,6 +144,25 @@ def test_gpu_both_kernels_have_the_bits_of_cublas_without_a_split():
     assert not loads_by_tma(odd, weight)
     want = linear_reference(x, weight)
     assert torch.equal(linear_launch(x, weight), want) and torch.equal(linear_launch(odd, weight), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2560, 10240), (70, 256), (8448, 1088), (100, 64), (4225, 2112), (33, 22 * 1024)], ids=str
+)
+def test_gpu_one_row_has_the_bits_of_many(shape, dtype):
+    """Tiles of 32 and of 64 rows, the last one cut, and K that fills neither its last step nor its last part."""
+    x, weight = case(3, *shape, dtype, "cuda")
+    assert torch.cuda.get_device_capability() != (9, 0) or streams_row(x[:1], weight)
+    bias = weight[:, 0].contiguous()
+    x[1, :9] = torch.tensor([3e4, -3e4, 1e-6, -0.0, 0.0, 1e-40, 5.0, -7.0, 2.0])
+    for given in (None, bias):
+        crowd = linear(x, weight, given)
+        for row in range(3):
+            assert torch.equal(linear(x[row : row + 1], weight, given), crowd[row : row + 1]), (row, given is None)
+    x[2, 5] = float("nan")
+    assert linear(x[2:], weight).isnan().all()
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ PARTS = {
     "linear_fp8": Part.LINEARS,
     "linear_fp8_hopper": Part.LINEARS,
     "linear_hopper": Part.LINEARS,
+    "linear_row_hopper": Part.LINEARS,
     "gate_up": Part.LINEARS,
     "gate_up_fp8": Part.LINEARS,
     "gate_up_fp8_hopper": Part.LINEARS,

@@ -19,6 +19,7 @@ from gemcutter.ops.chain import chained, join, release
 from gemcutter.ops.library import define
 from gemcutter.ops.linear_fp8 import linear_fp8
 from gemcutter.ops.linear_hopper import ROWS, loads_by_tma, stream
+from gemcutter.ops.linear_row_hopper import stream_row, streams_row
 from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.ops.row_blocks import linear_in_blocks
 
@@ -125,9 +126,11 @@ def linear_launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def launch_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """One of our two kernels, whatever the number of rows; out may be of another float dtype than x."""
+    """One of our kernels, whatever the number of rows; out may be of another float dtype than x."""
     (tokens, depth), columns = x.shape, weight.shape[0]
-    if tokens and loads_by_tma(x, weight):
+    if streams_row(x, weight):
+        stream_row(x, weight, bias, out)
+    elif tokens and loads_by_tma(x, weight):
         stream(x, weight, out, bias)
     elif tokens:
         tile = linear_tile(x.dtype, tokens)

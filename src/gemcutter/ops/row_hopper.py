@@ -12,6 +12,8 @@ PART = gl.constexpr(1024)
 LANES = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [1, 4], [1, 0]))
 memory = gl.shared_memory_descriptor
 view = getattr(memory, "reinterpret", None) or memory._reinterpret
+# Triton 3.9 lets no view reach past the part that was indexed, 3.6 no slice have a length that is no power of two.
+SLICED = gl.constexpr(hasattr(memory, "reinterpret"))
 
 
 @gluon.jit
@@ -97,3 +99,25 @@ def put_row(x_chunks, xs, H: gl.constexpr):
         x = xs[part].to(x_chunks.dtype, bitcast=True)
         parts.index(part).slice(0, 1, dim=1).store(x.reshape([PART // COLS, 1, COLS]))
     return scale
+
+
+@gluon.jit
+def ring(dtype: gl.constexpr, CHUNKS: gl.constexpr, ROWS: gl.constexpr):
+    """Shared memory for chunks of ROWS rows, in groups of 8 rows, and for what a `window` reads past them."""
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
+    return gl.allocate_shared_memory(dtype, [(CHUNKS - 1) * (ROWS // 8) + 8, 8, 1024 // BITS], tile)
+
+
+@gluon.jit
+def window(tiles, stage, chunk: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):
+    """64 rows, which wgmma takes at least, from a stage's chunk on: where a chunk has fewer, the next ones' too."""
+    EIGHTS: gl.constexpr = (tiles.shape[0] - 8) // (STAGES * CHUNKS - 1)
+    COLS: gl.constexpr = tiles.shape[2]
+    if SLICED:
+        EACH: gl.constexpr = CHUNKS * EIGHTS // 8
+        COUNT: gl.constexpr = (STAGES - 1) * EACH + 1
+        groups = tiles.slice(chunk * EIGHTS, COUNT * 8)
+        return view(groups, tiles.dtype, [COUNT, 64, COLS], tiles.layout).index(stage * EACH)
+    else:
+        return view(tiles.index((stage * CHUNKS + chunk) * EIGHTS), tiles.dtype, [64, COLS], tiles.layout)

@@ -17,6 +17,7 @@ from gemcutter.ops.linear import linear_launch
 from gemcutter.ops.linear_fp8 import linear_fp8_launch
 from gemcutter.ops.linear_fp8_hopper import stream_row
 from gemcutter.ops.linear_hopper import stream
+from gemcutter.ops.linear_row_hopper import stream_row as stream_linear_row
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 from gemcutter.ops.seam_gate_up_hopper import stream_seam_gate_up
 from gemcutter.ops.seam_linear_hopper import stream_seam_linear
@@ -44,6 +45,7 @@ def product_launches() -> dict[str, list[Callable[[], object]]]:
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] += [functools.partial(_stream, rows, fp8=True) for rows in (1, 9, 20, 64, 128)]
+    found["linear_row_hopper"] = [functools.partial(_linear_row, *shape) for shape in ((2112, 2816), (5376, 21504))]
     found["linear_fp8"] = [functools.partial(_linear_fp8, rows) for rows in (1, 20)]
     found["linear_fp8_hopper"] = [functools.partial(_row, pair) for pair in (True, False)]
     found["gate_up_fp8_hopper"] = [
@@ -139,6 +141,12 @@ def _gate_up_fp8(rows: int, count: int, depth: int = 2816, width: int = 2112) ->
     router = (half(rows, depth), half(count, depth)) if count else (None, None)
     logits = half(rows, count) if count else None
     stream_gate_up_fp8(*_pair(rows, depth), *_pair(2 * width, depth), *router, half(rows, width), logits)
+
+
+def _linear_row(columns: int, depth: int) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    for bias in (None, half(columns)):
+        stream_linear_row(half(1, depth), half(columns, depth), bias, half(1, columns))
 
 
 def _stream(rows: int, depth: int = 2816, columns: int = 2112, fp8: bool = False) -> None:
