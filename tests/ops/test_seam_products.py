@@ -96,8 +96,8 @@ def linear_one_by_one(out, residual, post, eps, weight, scalar=None, next_norm=N
 def check(drawn: Drawn) -> None:
     found, want = [seam_gate_up(*drawn.of_gate_up(), **drawn.readers)], [drawn.gate_up_one_by_one()]
     for form in drawn.of_linears():
-        found.append(seam_linear(**form))
-        want.append(linear_one_by_one(**form))
+        found += [seam_linear(**form, settled=settled) for settled in (False, True)]
+        want += [linear_one_by_one(**form)] * 2
     for i, (got, ref) in enumerate(zip(found, want, strict=True)):
         for j, (x, y) in enumerate(zip(flat(got), flat(ref), strict=True)):
             if y is None:

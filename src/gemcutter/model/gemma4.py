@@ -96,7 +96,10 @@ class Gemma4:
             return self._end(w, following, out, hidden, w.post_feedforward_norm, routed)
         # 3. Per-layer input
         into = w.per_layer_input
-        hidden, gated = seam_linear(out, hidden, w.post_feedforward_norm, eps, into.gate, factor=own_input)
+        # The per-layer inputs are settled since this layer's attention.
+        hidden, gated = seam_linear(
+            out, hidden, w.post_feedforward_norm, eps, into.gate, factor=own_input, settled=True
+        )
         return self._end(w, following, linear(gated, into.projection), hidden, into.post_norm)
 
     def _end(

@@ -103,21 +103,27 @@ def put_row(x_chunks, xs, H: gl.constexpr):
 
 @gluon.jit
 def ring(dtype: gl.constexpr, CHUNKS: gl.constexpr, ROWS: gl.constexpr):
-    """Shared memory for chunks of ROWS rows, in groups of 8 rows, and for what a `window` reads past them."""
-    BITS: gl.constexpr = dtype.primitive_bitwidth
-    tile: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
-    return gl.allocate_shared_memory(dtype, [(CHUNKS - 1) * (ROWS // 8) + 8, 8, 1024 // BITS], tile)
+    """Shared memory for chunks of 64 rows; of fewer in groups of 8 rows, with what a `window` reads past them."""
+    if ROWS == 64:
+        tiles = chunks(dtype, CHUNKS, 64)
+    else:
+        tiles = chunks(dtype, (CHUNKS - 1) * (ROWS // 8) + 8, 8)
+    return tiles
 
 
 @gluon.jit
 def window(tiles, stage, chunk: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):
-    """64 rows, which wgmma takes at least, from a stage's chunk on: where a chunk has fewer, the next ones' too."""
-    EIGHTS: gl.constexpr = (tiles.shape[0] - 8) // (STAGES * CHUNKS - 1)
-    COLS: gl.constexpr = tiles.shape[2]
-    if SLICED:
-        EACH: gl.constexpr = CHUNKS * EIGHTS // 8
-        COUNT: gl.constexpr = (STAGES - 1) * EACH + 1
-        groups = tiles.slice(chunk * EIGHTS, COUNT * 8)
-        return view(groups, tiles.dtype, [COUNT, 64, COLS], tiles.layout).index(stage * EACH)
+    """64 rows, the fewest that wgmma takes, from a stage's chunk on; in a `ring` of fewer the next chunks' too."""
+    if tiles.shape[1] == 64:
+        rows = tiles.index(stage * CHUNKS + chunk)
     else:
-        return view(tiles.index((stage * CHUNKS + chunk) * EIGHTS), tiles.dtype, [64, COLS], tiles.layout)
+        EIGHTS: gl.constexpr = (tiles.shape[0] - 8) // (STAGES * CHUNKS - 1)
+        COLS: gl.constexpr = tiles.shape[2]
+        if SLICED:
+            EACH: gl.constexpr = CHUNKS * EIGHTS // 8
+            COUNT: gl.constexpr = (STAGES - 1) * EACH + 1
+            groups = tiles.slice(chunk * EIGHTS, COUNT * 8)
+            rows = view(groups, tiles.dtype, [COUNT, 64, COLS], tiles.layout).index(stage * EACH)
+        else:
+            rows = view(tiles.index((stage * CHUNKS + chunk) * EIGHTS), tiles.dtype, [64, COLS], tiles.layout)
+    return rows

@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
 from gemcutter.ops.load_order import after, mixed
-from gemcutter.ops.row_hopper import PART, put_step, view
+from gemcutter.ops.row_hopper import PART, put_step, view, window
 
 COLUMNS = 256  # of weights a step
 ROWS = 64  # of weights a program
@@ -56,13 +56,13 @@ def together(rows, count):
 def ask(desc, tiles, ready, step, first, CHUNKS: gl.constexpr):
     """A step's weights, from row `first` on: a box of all of them, or of each chunk's.
 
-    tiles: CHUNKS for each stage, of 64 rows, of the weights' dtype.
+    tiles: CHUNKS for each stage, of 64 rows, or a `ring` for the box's, of the weights' dtype.
     """
     STAGES: gl.constexpr = ready.shape[0]
     at = step % STAGES
     if len(desc.block_shape) == 4:
         boxes = view(tiles, desc.dtype, [STAGES] + desc.block_shape, desc.layout)
-        mbarrier.expect(ready.index(at), CHUNKS * 64 * 128)
+        mbarrier.expect(ready.index(at), desc.block_type.nbytes)
         load_tile(desc, [step * CHUNKS, 0, first, 0], ready.index(at), boxes.index(at))
     else:
         ROWS: gl.constexpr = desc.block_shape[0]
@@ -91,7 +91,7 @@ def walk(desc, tiles, x_chunks, ready, first, H: gl.constexpr, CHUNKS: gl.conste
         for chunk in gl.static_range(CHUNKS):
             x_at = step if line is None else step % RING
             x = x_chunks.index(x_at * CHUNKS + chunk).permute((1, 0))
-            acc = warpgroup_mma(tiles.index(at * CHUNKS + chunk), x, acc, is_async=True)
+            acc = warpgroup_mma(window(tiles, at, chunk, STAGES, CHUNKS), x, acc, is_async=True)
         acc = warpgroup_mma_wait(CHUNKS, deps=(acc,))
         if STAGES < STEPS:
             barrier()  # all warps' products of the step before are done, its stage is free
@@ -131,10 +131,10 @@ def streams_behind_seam(x: torch.Tensor, weight: torch.Tensor, *others: torch.Te
     return len(x) == 1 and fits and loads_by_tma(weight) and loads_by_tma(x, *others)
 
 
-def boxes_of(weight: torch.Tensor, parts: int = 1) -> TensorDescriptor:
-    """For loads of ROWS rows in all, the same of each of the parts that the weight is made of, by COLUMNS."""
+def boxes_of(weight: torch.Tensor, parts: int = 1, rows: int = ROWS, columns: int = COLUMNS) -> TensorDescriptor:
+    """For loads of so many rows in all, the same of each of the parts that the weight is made of, by columns."""
     (count, depth), wide = weight.shape, 128 // weight.itemsize
-    block = [COLUMNS // wide, parts, ROWS // parts, wide]
+    block = [columns // wide, parts, rows // parts, wide]
     shape, strides = [depth // wide, parts, count // parts, wide], [wide, count // parts * depth, depth, 1]
     layout = gl.NVMMASharedLayout(128, 8 * weight.itemsize, len(block))
     return TensorDescriptor(weight, shape, strides, block, layout)

@@ -36,7 +36,7 @@ def seam_linear(
         out, residual, post, eps, scalar, next_norm, routed: as for `layer_seam`.
         weight: [N, H], as for `linear`.
         factor: [T, N], or None; the product is then gelu_tanh(product) * factor.
-        settled: routed's ids and weights are (`chain.py`): they are read before the kernels ahead are done.
+        settled: routed's ids and weights, and factor, are (`chain.py`): read before the kernels ahead are done.
 
     Returns:
         hidden [T, H]; the product [T, N].

@@ -12,9 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate
-from gemcutter.ops.linear_hopper import descriptor
 from gemcutter.ops.row import added, norm_factor, norm_factors, normed
-from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, store_row
+from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, ring, store_row
 from gemcutter.ops.row_stream_hopper import (
     COLUMNS,
     ROWS,
@@ -29,8 +28,20 @@ from gemcutter.ops.row_stream_hopper import (
 )
 from gemcutter.ops.slot_sum import slots_in_order, with_slot
 
-# Rows of the weight a program, where 64 would make fewer programs than so many: E4B's 256 columns 3.8 µs for 4.3.
+# Rows of the weight a program, where 64 would make fewer programs than so many; all are asked for before the join.
+# E4B's 256 columns take 3.3 µs, 5.0 with a load for each chunk and half of them asked for behind the join.
 FEW_ROWS, FEW_PROGRAMS = 16, 16
+FEW_BYTES = 512  # of a row a step: four chunks, which a window of three more needs
+
+
+@gluon.jit
+def _places(first, N: gl.constexpr, ROWS: gl.constexpr, dtype: gl.constexpr):
+    """The columns of out that a product gives, and which of its results these are."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 256 // dtype.primitive_bitwidth])
+    row = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None]
+    col = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
+    at = first + row + col * 0
+    return at, (col == 0) & (row < ROWS) & (at < N)
 
 
 @gluon.jit(do_not_specialize=["count"])
@@ -42,15 +53,15 @@ def _seam_linear_kernel(
 ):  # fmt: skip
     """Program: ROWS columns of out. count: of tokens, 1. weight_scale_ptr: of weights in FP8, else None.
 
-    TOP_K: slots, or 0 without experts; SETTLED: their ids and weights are. LAST: the seam scales, and norms for
-    this product. GATED: out = gelu(product) * factor.
+    TOP_K: slots, or 0 without experts. LAST: the seam scales, and norms for this product. GATED: out =
+    gelu(product) * factor. SETTLED: ids and weights of slots, and factor, are.
     """
     first = gl.program_id(0) * ROWS
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     BYTES: gl.constexpr = desc.dtype.primitive_bitwidth // 8
     x_chunks = chunks(desc.dtype, (H + PART - 1) // PART * (PART * BYTES // 128), 8)
     CHUNKS: gl.constexpr = COLUMNS * BYTES // 128
-    tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
+    tiles = ring(desc.dtype, STAGES * CHUNKS, ROWS)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
@@ -63,8 +74,11 @@ def _seam_linear_kernel(
     if LAST:
         next_norm = load_row(next_norm_ptr, H)
         scalar = gl.load(scalar_ptr).to(gl.float32)
-    if SETTLED:
+    if (TOP_K > 0) and SETTLED:
         places, shares = slots_in_order(ids_ptr, weights_ptr, 0, TOP_K)
+    if GATED and SETTLED:
+        at, held = _places(first, N, ROWS, desc.dtype)
+        by = gl.load(factor_ptr + at, mask=held, other=0.0)
     gdc_wait()
     gdc_launch_dependents()
     if (TOP_K > 0) and (not SETTLED):
@@ -96,17 +110,15 @@ def _seam_linear_kernel(
         store_row(hidden_ptr, hidden, H)
 
     acc = walk(desc, tiles, x_chunks, ready, first, H, CHUNKS)
-    row = gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))[:, None]
-    col = gl.arange(0, 8, gl.SliceLayout(0, acc.type.layout))[None, :]
-    at = first + row + col * 0
-    held = (col == 0) & (row < ROWS) & (at < N)
+    at, held = _places(first, N, ROWS, desc.dtype)
     if scale is not None:
         acc *= gl.load(weight_scale_ptr + at, mask=held, other=0.0)
         acc *= scale
     y = acc.to(dtype)
     if GATED:
-        by = gl.load(factor_ptr + at, mask=held, other=0.0).to(gl.float32)
-        y = (activate(y.to(gl.float32)).to(dtype).to(gl.float32) * by).to(dtype)
+        if not SETTLED:
+            by = gl.load(factor_ptr + at, mask=held, other=0.0)
+        y = (activate(y.to(gl.float32)).to(dtype).to(gl.float32) * by.to(gl.float32)).to(dtype)
     gl.store(out_ptr + at, y, mask=held)
 
 
@@ -116,15 +128,17 @@ def stream_seam_linear(
 ) -> None:  # fmt: skip
     """One row."""
     (columns, depth), size = weight.shape, weight.itemsize
-    few = triton.cdiv(columns, ROWS) < FEW_PROGRAMS
-    rows, desc = (FEW_ROWS, descriptor(weight, [FEW_ROWS, 128 // size])) if few else (ROWS, boxes_of(weight))
+    rows, step = ROWS, COLUMNS
+    if triton.cdiv(columns, ROWS) < FEW_PROGRAMS and depth % (FEW_BYTES // size) == 0:
+        rows, step = FEW_ROWS, FEW_BYTES // size
     programs = triton.cdiv(columns, rows)
-    stages = stages_of(depth, size, x_bytes(depth, size), programs)
+    stages = depth // step if rows < ROWS else stages_of(depth, size, x_bytes(depth, size), programs)
     _seam_linear_kernel[(programs,)](
-        desc, weight_scale, out, residual, post, scalar, next_norm, slots, dense_post, expert_post, ids, weights,
-        factor, hidden, product, eps, 1,
-        N=columns, H=depth, ROWS=rows, COLUMNS=COLUMNS, STAGES=stages, EARLY=early_of(stages, size, programs),
-        TOP_K=0 if ids is None else ids.shape[1], SETTLED=settled and ids is not None,
+        boxes_of(weight, rows=rows, columns=step), weight_scale, out, residual, post, scalar, next_norm, slots,
+        dense_post, expert_post, ids, weights, factor, hidden, product, eps, 1,
+        N=columns, H=depth, ROWS=rows, COLUMNS=step, STAGES=stages,
+        EARLY=stages if rows < ROWS else early_of(stages, size, programs),
+        TOP_K=0 if ids is None else ids.shape[1], SETTLED=settled,
         LAST=next_norm is not None, GATED=factor is not None,
         num_warps=4, launch_pdl=True, enable_fp_fusion=False,
     )  # fmt: skip

@@ -117,7 +117,8 @@ def _seam_linears(in_fp8: bool, depth: int = 2816, top_k: int = 8) -> None:
     row, norm, ids = half(1, depth), half(depth), torch.zeros(1, top_k, dtype=torch.int64)
     slots = half(1, top_k, depth), norm, norm, ids, torch.zeros(1, top_k)
     forms = [(4096, half(1), norm, *slots, None, settled) for settled in (False, True)]
-    forms += [(4096, half(1), norm, *[None] * 6, False), (256, *[None] * 7, half(1, 256), False)]
+    forms += [(4096, half(1), norm, *[None] * 6, False)]
+    forms += [(256, *[None] * 7, half(1, 256), settled) for settled in (False, True)]
     for columns, *form in forms:
         weight, product = _pair(columns, depth) if in_fp8 else half(columns, depth), half(1, columns)
         stream_seam_linear(row, row, norm, 1e-6, *pair_of(weight), *form, row, product)
