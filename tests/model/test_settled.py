@@ -17,7 +17,7 @@ SETTLERS = {
     "embed", "geglu", "geglu_fp8", "quantize_fp8", "select_experts", "attention_seam", "attention_seam_fp8",
     "layer_seam", "layer_seam_fp8", "linear", "linear_hopper", "linear_fp8", "linear_fp8_hopper",
     "linear_row_hopper", "add_norm", "float_linear", "sigmoid_topk", "swiglu", "t5_norm",
-    "seam_gate_up_hopper", "seam_linear", "seam_linear_hopper",
+    "seam_gate_up_hopper", "seam_gate_up_wide_hopper", "seam_linear", "seam_linear_hopper",
 }  # fmt: skip
 
 

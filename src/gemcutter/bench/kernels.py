@@ -30,6 +30,7 @@ PARTS = {
     "gate_up_hopper": Part.LINEARS,
     "seam_gate_up": Part.LINEARS,
     "seam_gate_up_hopper": Part.LINEARS,
+    "seam_gate_up_wide_hopper": Part.LINEARS,
     "seam_linear": Part.LINEARS,
     "seam_linear_hopper": Part.LINEARS,
     "experts": Part.EXPERTS,

@@ -25,6 +25,7 @@ from gemcutter.ops.library import define
 from gemcutter.ops.quantize_fp8 import Quantized, check_quantized_width, pair_of, read_as_pair
 from gemcutter.ops.row_fp8 import empty_rows, taken
 from gemcutter.ops.seam_gate_up_hopper import stream_seam_gate_up, streams_seam_gate_up
+from gemcutter.ops.seam_gate_up_wide_hopper import is_wide, stream_seam_gate_up_wide
 
 
 def seam_gate_up(
@@ -114,6 +115,9 @@ def seam_gate_up_launch(*arguments) -> list[torch.Tensor]:
     if not streams_seam_gate_up(attended, weight, router):
         return _one_by_one(attention_seam_launch, gate_up_launch, gate_up_fp8_launch, *arguments)
     outs = seam_gate_up_fake(*arguments)
+    if router is None and is_wide(attended, weight):
+        stream_seam_gate_up_wide(*arguments[:6], *outs)
+        return outs
     stream_seam_gate_up(*arguments[:-1], outs[0], outs[1], outs[2:-1], outs[-1] if router is not None else None)
     return outs
 

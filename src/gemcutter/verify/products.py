@@ -20,7 +20,10 @@ from gemcutter.ops.linear_hopper import stream
 from gemcutter.ops.linear_row_hopper import stream_row as stream_linear_row
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 from gemcutter.ops.seam_gate_up_hopper import stream_seam_gate_up
+from gemcutter.ops.seam_gate_up_wide_hopper import stream_seam_gate_up_wide
 from gemcutter.ops.seam_linear_hopper import stream_seam_linear
+
+WIDE = ((2560, 10240), (1536, 6144))  # E4B's MLP, and E2B's
 
 
 def product_launches() -> dict[str, list[Callable[[], object]]]:
@@ -41,6 +44,7 @@ def product_launches() -> dict[str, list[Callable[[], object]]]:
     found["seam_gate_up_hopper"] = [
         functools.partial(_seam_gate_up, count, in_fp8) for count in (0, 128) for in_fp8 in (False, True)
     ]
+    found["seam_gate_up_wide_hopper"] = [functools.partial(_seam_gate_up_wide, *shape) for shape in WIDE]
     found["seam_linear_hopper"] = [functools.partial(_seam_linears, in_fp8) for in_fp8 in (False, True)]
     found["linear"] = [functools.partial(_linear, rows) for rows in (1, 20, 64)]
     found["linear_hopper"] = [functools.partial(_stream, rows) for rows in (1, 20, 64)]
@@ -109,6 +113,12 @@ def _seam_gate_up(count: int, in_fp8: bool, depth: int = 2816, width: int = 2112
     expert_in = [] if not count else [*_pair(1, depth)] if in_fp8 else [row]
     logits, weight = half(1, count) if count else None, pair_of(matrix(2 * width, depth))
     stream_seam_gate_up(row, row, norm, norm, 1e-6, *weight, *router, row, half(1, width), expert_in, logits)
+
+
+def _seam_gate_up_wide(depth: int, width: int) -> None:
+    half = functools.partial(torch.empty, dtype=torch.bfloat16)
+    row, norm = half(1, depth), half(depth)
+    stream_seam_gate_up_wide(row, row, norm, norm, 1e-6, half(2 * width, depth), row, half(1, width))
 
 
 def _seam_linears(in_fp8: bool, depth: int = 2816, top_k: int = 8) -> None:
