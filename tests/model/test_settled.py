@@ -35,8 +35,12 @@ class OpsCalled(TorchDispatchMode):
 @pytest.fixture(scope="module", params=["moe", "glm"])
 def steps(request, tmp_path_factory) -> list[list[str]]:
     """The ops of steps of a model with experts, in order."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tiny_models.make(request.param).save_pretrained(folder)
+    return steps_of(request.param, tmp_path_factory)
+
+
+def steps_of(kind, tmp_path_factory) -> list[list[str]]:
+    folder = tmp_path_factory.mktemp(kind)
+    tiny_models.make(kind).save_pretrained(folder)
     spec = read_spec(folder)
     case = Case(spec, load(spec, folder, torch.device("cpu"), torch.float32, "auto", 0), [1, 9, 30])
     found = []
@@ -62,6 +66,13 @@ def test_the_choice_of_experts_is_settled_when_they_come(steps):
             if name == "experts" or (name == "seam_linear" and "select_experts" in names[:place]):
                 chosen = max(i for i in range(place) if names[i] in chooses)
                 assert SETTLERS & set(names[chosen + 1 : place]), names[chosen : place + 1]
+
+
+def test_per_layer_inputs_are_settled_when_a_gate_reads_them(tmp_path_factory):
+    for names in steps_of("ple_shared", tmp_path_factory):
+        made = names.index("per_layer_inputs")
+        assert names.index("seam_linear") > made
+        assert SETTLERS & set(names[made + 1 : names.index("seam_linear")]) - {"seam_linear"}
 
 
 def test_a_step_begins_with_an_op_that_settles_its_batch(steps):
