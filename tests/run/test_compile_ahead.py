@@ -1,5 +1,7 @@
 """Kernels compiled before they are launched, for a card that is not there."""
 
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +57,23 @@ def test_compiles_every_variant_once_and_launches_none(card):
     assert done == [16, 64, 32] and not y.any() and JITFunction.run is run
     kernels = card()["_scaled"]
     assert len(kernels) == 6 and all("scaled" in kernel.asm["ptx"] for kernel in kernels)
+
+
+def test_one_thread_at_a_time_parses(card, monkeypatch):
+    x, parsing, most, parse = torch.ones(64), 0, 0, JITFunction.parse
+
+    def slowly(self):
+        nonlocal parsing, most
+        parsing += 1
+        most = max(most, parsing)
+        time.sleep(0.05)
+        parsing -= 1
+        return parse(self)
+
+    monkeypatch.setattr(JITFunction, "parse", slowly)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    compile_ahead([lambda factor=factor: _scaled[(1,)](x, x, 50, 16, factor) for factor in (2, 3, 4, 5)])
+    assert len(card()["_scaled"]) == 4 and most == 1 and JITFunction.parse is slowly
 
 
 def test_what_is_on_disk_is_walked_through_no_further(card):

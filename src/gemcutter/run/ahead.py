@@ -5,6 +5,7 @@ Triton takes 0.2 to 1 s of one core for a kernel, nine tenths of it outside Pyth
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,9 +45,9 @@ def _compile(works: Sequence[Callable[[], object]]) -> int:
     before, knobs.compilation.listener = knobs.compilation.listener, listen
     try:
         with (
+            _compile_only(),  # until all are compiled
             ThreadPoolExecutor(min(MOST, os.cpu_count() or 1)) as pool,
             _Mode(pool, ignore_errors=True),
-            _no_launch(),
         ):
             for work in works:
                 work()
@@ -67,14 +68,21 @@ class _Mode(triton.AsyncCompileMode):
 
 
 @contextlib.contextmanager
-def _no_launch() -> Iterator[None]:
-    run = JITFunction.run
+def _compile_only() -> Iterator[None]:
+    """No kernel is launched, and one thread at a time parses: of two at once CPython before 3.11.8 and 3.12.2 may
+    end one with "SystemError: AST constructor recursion depth mismatch".
+    """
+    run, parse, alone = JITFunction.run, JITFunction.parse, threading.Lock()
 
     def compile_only(self, *args, grid, warmup, **options):
         return run(self, *args, grid=grid, warmup=True, **options)
 
-    JITFunction.run = compile_only
+    def parse_alone(self):
+        with alone:
+            return parse(self)
+
+    JITFunction.run, JITFunction.parse = compile_only, parse_alone
     try:
         yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, JITFunction.parse = run, parse
