@@ -11,7 +11,7 @@ from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.ledger import Ledger
 from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder
-from gemcutter.schedule.plan import Plan
+from gemcutter.schedule.plan import Chunk, Plan
 from gemcutter.schedule.planner import Scheduler
 from gemcutter.spec import Kind
 
@@ -84,6 +84,27 @@ def test_equals_loops(seed, ahead):
                 planner.commit(*before)
                 before = None
     assert (from_drawn > 50) == ahead and {bool(bucket.prompts) for bucket in places} == {True, False}
+
+
+def test_the_largest_step_fits():
+    """As many rows to decode as there may be sequences, of one that is computed again, and the others' prompts."""
+    planner = scheduler()
+    builder = StepBuilder(
+        planner.ledger, torch.device("cpu"), max_prompt_tokens=40, max_sequences=8, context_length=CONTEXT
+    )
+    first = planner.add(request("0", [7] * 9, max_tokens=191))
+    while first.num_computed < CONTEXT - 2:
+        planner.advance(plan := planner.plan())
+        planner.commit(plan, [1] * len(plan.samplers))
+    truth = {"0": list(first.tokens)}
+    for i, length in enumerate([6, 6, 6, 6, 6, 5, 5], 1):
+        truth[str(i)] = [i] * length
+        planner.add(request(str(i), truth[str(i)]))
+    plan = planner.plan()
+    rows = [Chunk(first, at, at + 1, samples=False) for at in range(CONTEXT - 9, CONTEXT - 2)]
+    plan = Plan((*plan.decodes, *rows), plan.prefills)
+    assert Bucket.of(plan) == Bucket(8, 7, 40)
+    check(build(builder, plan, None), plan, planner.ledger, Bucket.of(plan), False, truth)
 
 
 def chosen(rng, plan) -> Bucket | None:
