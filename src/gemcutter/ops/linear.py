@@ -4,7 +4,9 @@ The sum over K runs in ascending steps of 16, the depth of one tensor core instr
 accumulator from beginning to end; nothing splits it. Hopper's tensor cores then give the same bits whatever the
 tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a kernel of ours that streams the
 weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
-A bias is added to the accumulator, before the one rounding.
+A bias is added to the accumulator, before the one rounding. For narrow weights and few rows, which never go there,
+cuBLASLt has other bits all the same (seen: 3 elements of 1 to 40 rows of a router of 128 columns), so the reference
+on a GPU fills rows up to as many as do.
 
 On a CPU the reference multiplies 16 rows at a time (`row_blocks.py`). Weights in FP8 are `linear_fp8.py`'s.
 """
@@ -78,10 +80,23 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     try:
         torch.backends.cuda.preferred_blas_library("cublaslt")
         setattr(half, name, (False, False))
-        return F.linear(x, weight, bias)
+        return F.linear(with_library_rows(x, len(weight)), weight, bias)[: len(x)]
     finally:
         setattr(half, name, allowed)
         torch.backends.cuda.preferred_blas_library(before)
+
+
+def with_library_rows(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """x, with zero rows behind it if `linear_launch` would not send so few to cuBLASLt."""
+    if goes_to_library(len(x), columns):
+        return x
+    rows = MOST_STREAMED * max(2, FEW_PROGRAMS // triton.cdiv(columns, ROWS) + 1)
+    return F.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def goes_to_library(tokens: int, columns: int) -> bool:
+    programs = triton.cdiv(columns, ROWS) * triton.cdiv(tokens, MOST_STREAMED)
+    return tokens > MOST_STREAMED and programs > FEW_PROGRAMS
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -116,11 +131,9 @@ def _linear_kernel(
 
 
 def linear_launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    tokens, columns = len(x), len(weight)
-    programs = triton.cdiv(columns, ROWS) * triton.cdiv(tokens, MOST_STREAMED)
-    if tokens > MOST_STREAMED and programs > FEW_PROGRAMS and x.dtype != torch.float32:
+    if goes_to_library(len(x), len(weight)) and x.dtype != torch.float32:
         return linear_reference(x, weight, bias)
-    out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     launch_kernel(x, weight, bias, out)
     return out
 
