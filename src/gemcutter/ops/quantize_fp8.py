@@ -24,7 +24,6 @@ from gemcutter.ops.tanh import INTERPRETED
 LARGEST = tl.constexpr(448.0)  # of e4m3fn, which has no infinities
 FLOOR = tl.constexpr(1e-10)  # of a row's largest magnitude: no division by zero
 WIDEST = 65536  # one program holds a row
-FEW_ROWS = 8  # of more than 8192 columns, which several programs share
 SHORT_ROW, MANY_ROWS = 1024, 1024  # a program takes several: the experts' activations of more than 128 tokens
 
 
@@ -169,9 +168,8 @@ def _corrected(quotient, x, scale, inverse):
 @triton.jit
 def _quantize_fp8_kernel(
     x_ptr, q_ptr, scale_ptr, row_stride,
-    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, SPREAD: tl.constexpr, CHAINED: tl.constexpr,
+    H: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """SPREAD: a program for each part of a row; each takes the largest of the whole row."""
     SHORT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     row = tl.program_id(0).to(tl.int64)
     col = columns(PART)
@@ -185,13 +183,7 @@ def _quantize_fp8_kernel(
     for part in tl.static_range(1, PARTS):
         largest = tl.maximum(largest, magnitudes(xs[part].to(tl.float32)))
     peak = tl.max(largest, 1, keep_dims=True)
-    if SPREAD:
-        begin = tl.program_id(1) * PART
-        inside = col < H - begin
-        x = tl.load(x_ptr + begin + col, mask=inside, other=0.0).to(tl.float32)
-        tl.store(q_ptr + row * H + begin + col, quantized_bits(x, peak, SHORT), mask=inside)
-    else:
-        store_row(xs, peak, q_ptr + row * H, col, H, PARTS, PART, SHORT)
+    store_row(xs, peak, q_ptr + row * H, col, H, PARTS, PART, SHORT)
     tl.store(scale_ptr + row + tl.zeros_like(peak), scale_of(peak))
 
 
@@ -246,10 +238,9 @@ def quantize_fp8_launch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         )
     elif rows:
         warps = 4 if width <= 3072 else 8 if width <= 8192 else 16
-        parts, spread = row_parts(width, warps), warps == 16 and rows <= FEW_ROWS
-        _quantize_fp8_kernel[(rows, parts["PARTS"] if spread else 1)](
-            x, q.view(torch.uint8), scale, x.stride(0), H=width, SPREAD=spread, **parts, **chained(x)
-        )
+        _quantize_fp8_kernel[(rows,)](
+            x, q.view(torch.uint8), scale, x.stride(0), H=width, **row_parts(width, warps), **chained(x)
+        )  # fmt: skip
     return q, scale
 
 
