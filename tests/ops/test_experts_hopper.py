@@ -38,7 +38,7 @@ def check_table() -> None:
         most = (len(want) and starts[-1].item() + num_experts * (BLOCK_M - 1)) // BLOCK_M
         table = torch.full((1 + most, 3), -1, dtype=torch.int32)
         width = 1 << (num_experts - 1).bit_length()
-        module._tiles_kernel[(1,)](starts, table, most, E=num_experts, E_BLOCK=width, BLOCK_M=BLOCK_M)
+        module._tiles_kernel[(1,)](starts, table, E=num_experts, E_BLOCK=width, BLOCK_M=BLOCK_M)
         assert table[0, 0] == len(want) <= most
         assert table[1 : 1 + len(want)].tolist() == want
         assert (table[1 + len(want) :] == -1).all()

@@ -13,13 +13,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.kv_fp8_hopper import apart, halves, keys_of
-from gemcutter.ops.linear_hopper import load_tile
+from gemcutter.ops.linear_hopper import PROCESSORS, load_tile
 from gemcutter.ops.load_pages import as_words, boxes, pages_by_tma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 FLOOR = gl.constexpr(-1e30)  # as in online_softmax.py
 SOME = gl.constexpr(16)  # partials merged at a time
-SMS = 132  # of an H100 or H200
 MERGED_DIMS = 64  # of a program of the merge, one warp
 
 
@@ -242,7 +241,7 @@ def takes_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -
     return as_words(k_cache).shape[3] >= 64 and pages_by_tma(q, k_cache, v_cache)
 
 
-def hopper_tile(head_dim: int, few: bool, fp8: bool) -> tuple[int, int, dict[str, int]]:
+def hopper_tile(head_dim: int, few: bool) -> tuple[int, int, dict[str, int]]:
     """Keys of a tile, stages, and the most registers of a thread.
 
     64 KiB of keys and values a stage, 32 in FP8. Few programs, with an SM each, hold a split of 256 dims whole;
@@ -271,9 +270,7 @@ def launch_hopper(
     """Both kernels, on `launch_decode`'s workspace: partials' sums, tops and totals by sequence, head, slot."""
     num_kv_heads, page_size, head_dim = k_cache.shape[1:]
     num_seqs, num_heads, slots = partials[1].shape
-    block_n, stages, registers = hopper_tile(
-        head_dim, workers * num_kv_heads * num_seqs <= SMS, kv_scales is not None
-    )
+    block_n, stages, registers = hopper_tile(head_dim, workers * num_kv_heads * num_seqs <= PROCESSORS)
     words = as_words(k_cache), as_words(v_cache)
     caches = (boxes(cache, block_n, cache.shape[3]) for cache in words)
     shape = dict(D=head_dim, WINDOW=window or 0, SCALE=scale, SPLIT=split)

@@ -29,7 +29,7 @@ from gemcutter.ops.experts_loaders import load_rows, load_scattered_rows, tile_a
 from gemcutter.ops.experts_results import channel_scales, places, row_scales, rows_layout_of
 from gemcutter.ops.experts_weave import rows_of, unwoven, weaves, woven
 from gemcutter.ops.linear_fp8 import dtype_of
-from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
+from gemcutter.ops.linear_hopper import PROCESSORS, descriptor, loads_by_tma
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
 
 # One program an SM: 6 stages of 32 KiB. Half a tile of rows is a box of TMA, and what an expert's last tile may be.
@@ -38,8 +38,8 @@ HALF = BLOCK_M // 2
 activate_gate = gluon.jit(activate.fn)
 
 
-@triton.jit(do_not_specialize=["tiles"])
-def _tiles_kernel(starts_ptr, table_ptr, tiles, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+@triton.jit
+def _tiles_kernel(starts_ptr, table_ptr, E: tl.constexpr, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
     """table[0, 0] = how many tiles there are; table[1 + t] = expert, first row, end of the expert's rows."""
     expert = tl.arange(0, E_BLOCK)
     start = tl.load(starts_ptr + expert, mask=expert < E, other=0)
@@ -237,7 +237,7 @@ def grouped_experts(
     most = (num_slots + num_experts * (BLOCK_M - 1)) // BLOCK_M  # an expert's last tile may be mostly empty
     table = torch.empty(1 + most, 3, dtype=torch.int32, device=x.device)
     experts = triton.next_power_of_2(num_experts)
-    _tiles_kernel[(1,)](starts, table, most, E=num_experts, E_BLOCK=experts, BLOCK_M=BLOCK_M, num_warps=4)
+    _tiles_kernel[(1,)](starts, table, E=num_experts, E_BLOCK=experts, BLOCK_M=BLOCK_M, num_warps=4)
     pack = 16 // x.itemsize
     if x.stride(0) % pack or x.data_ptr() % 16:  # copies of 16 bytes need rows that begin at their multiples
         x = x.clone(memory_format=torch.contiguous_format)
@@ -264,7 +264,7 @@ def grouped_experts(
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
 def groups(gate_up: torch.Tensor, down: torch.Tensor, num_slots: int) -> bool:

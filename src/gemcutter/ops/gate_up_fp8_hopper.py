@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate, barrier, view
-from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
-from gemcutter.ops.row_stream_hopper import PROCESSORS, SHARED
+from gemcutter.ops.linear_hopper import PROCESSORS, descriptor, load_tile, loads_by_tma
+from gemcutter.ops.row_stream_hopper import SHARED
 
 MOST_TOKENS = 16
 HALF = 32  # rows of weights in a box of TMA, of which a program has two

@@ -22,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROWS = 64  # of the weight a program, the M of one wgmma
-PROCESSORS = 132
+PROCESSORS = 132  # SMs of an H100 or H200
 # Triton 3.6 to 3.8 have it under the longer name, 3.9 only under the shorter.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}

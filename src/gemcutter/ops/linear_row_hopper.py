@@ -20,11 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import PROCESSORS, load_tile, loads_by_tma
 from gemcutter.ops.row_hopper import PART, load_row, ring, view, window
 from gemcutter.ops.row_stream_hopper import barrier, together
 
-PROCESSORS = 132
 CHUNKS = 4  # of 64 columns a step
 STAGED = 160 * 1024  # bytes of weights under way
 DEEPEST = 22 * 1024  # columns of x: 84 registers a thread hold 21,504; more were not tried

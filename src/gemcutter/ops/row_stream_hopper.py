@@ -16,14 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import PROCESSORS, load_tile, loads_by_tma
 from gemcutter.ops.load_order import after, mixed
 from gemcutter.ops.row_hopper import PART, put_step, view, window
 
 COLUMNS = 256  # of weights a step
 ROWS = 64  # of weights a program
 SHARED = 226 * 1024  # bytes for x and the stages of weights
-PROCESSORS = 132
 # Stages that are asked for before the join, while the kernel ahead still needs the memory: with all five a layer of
 # E4B takes 67.2 µs in place of 66.4, with none 26B-A4B's o projection is no faster and the next kernel slower. Of
 # FP8's, half as large, four are better where a program has an SM for itself: a step of 26B-A4B takes 1.93 ms with
