@@ -4,6 +4,7 @@ import torch
 import triton
 from attend_cases import alone, as_it_stands_for, error, exact, make_case
 
+from gemcutter.ops import widen_pages
 from gemcutter.ops.attend_decode import MAX_SLOTS, SPLIT, launch_decode
 from gemcutter.ops.attend_prefill import launch_prefill
 
@@ -14,7 +15,7 @@ def attend_by_kernels(q, k_cache, v_cache, batch, pages, window, scale, kv_scale
     launch_decode(q, k_cache, v_cache, kv_scales, batch.kv_len, pages, batch.num_decodes, window, scale, out)
     launch_prefill(
         q, k_cache, v_cache, kv_scales, batch.query_start, batch.kv_len, pages,
-        batch.num_decodes, batch.max_query_len, window, scale, out,
+        batch.num_decodes, batch.max_query_len, batch.max_kv_len, window, scale, out,
     )  # fmt: skip
     return out
 
@@ -73,6 +74,9 @@ if __name__ == "__main__":
     check(mixed, 4, 2, 32, 16, 40, torch.float32, 1e-5, fp8=True)
     check(mixed, 4, 2, 64, 8, None, torch.float16, 4e-3, scale=0.3, fp8=True)
     check(mixed, 6, 2, 64, 16, 40, torch.bfloat16, 1e-2, fp8=True)
+    widen_pages.TOGETHER = 200  # two prompts a copy, then one
+    check([*mixed, (5, 90), (80, 100)], 4, 2, 32, 16, 40, torch.float32, 1e-5, fp8=True)
+    check([*mixed, (5, 290)], 4, 2, 32, 128, None, torch.float32, 1e-5, fp8=True)
     check_chunks(torch.float16)
     check_many_splits()
     check_padded_row()

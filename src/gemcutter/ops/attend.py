@@ -59,7 +59,7 @@ def attend(
     launch_decode(q, k_cache, v_cache, kv_scales, batch.kv_len, pages, batch.num_decodes, window, scale, out)
     launch_prefill(
         q, k_cache, v_cache, kv_scales, batch.query_start, batch.kv_len, pages,
-        batch.num_decodes, batch.max_query_len, window, scale, out,
+        batch.num_decodes, batch.max_query_len, batch.max_kv_len, window, scale, out,
     )  # fmt: skip
     return out
 

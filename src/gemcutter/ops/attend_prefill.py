@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from gemcutter.ops.attend_prefill_hopper import prefill
-from gemcutter.ops.kv_fp8 import kv_bytes, kv_load
 from gemcutter.ops.load_pages import loads_pages
 from gemcutter.ops.online_softmax import FLOOR, fold
+from gemcutter.ops.widen_pages import sequences_together, widen_pages
 
 
 @triton.jit
 def _attend_tiles(
-    acc, top, total, q, k_scale, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
+    acc, top, total, q, pos, begin, end, key_first, key_last, k_ptr, v_ptr, pages_ptr, page_stride,
     D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def _attend_tiles(
         live = tl.minimum(tl.maximum(key, key_first), key_last)
         page = tl.load(pages_ptr + live // PAGE).to(tl.int64)
         rows = (page * page_stride + live % PAGE * D)[:, None]
-        k = kv_load(k_ptr + rows + dims, q.dtype)
+        k = tl.load(k_ptr + rows + dims)
         if BLOCK_M == 64:
             # The branch is always taken. Where it sees a chain of dots, Triton lays all warps along the rows, and
             # both warpgroups would compute the same 64 rows of scores; a dot in a branch shows no chain.
@@ -41,8 +41,6 @@ def _attend_tiles(
                 scores = tl.dot(q, tl.trans(k))
         else:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if k_ptr.dtype.element_ty == tl.uint8:
-            scores *= k_scale
         if MASKED:
             seen = key[None, :] <= pos[:, None]
             if WINDOW > 0:
@@ -54,8 +52,7 @@ def _attend_tiles(
 
 @triton.jit(do_not_specialize=["first_seq", "max_pages"])
 def _prefill_kernel(
-    q_ptr, k_ptr, v_ptr, kv_scales_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages,
-    page_stride,
+    q_ptr, k_ptr, v_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages, page_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +79,6 @@ def _prefill_kernel(
     k_ptr += kv_head * PAGE * D
     v_ptr += kv_head * PAGE * D
     pages_ptr += seq.to(tl.int64) * max_pages
-    k_scale, v_scale = 1.0, 1.0
-    if kv_scales_ptr is not None:
-        k_scale, v_scale = tl.load(kv_scales_ptr + kv_head), tl.load(kv_scales_ptr + KV_HEADS + kv_head)
 
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     top = tl.full([BLOCK_M], FLOOR, tl.float32)
@@ -97,18 +91,18 @@ def _prefill_kernel(
         first_key = tl.maximum(first_pos - WINDOW + 1, 0)
         clear_begin = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         acc, top, total = _attend_tiles(
-            acc, top, total, q, k_scale, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
+            acc, top, total, q, pos, first_key // BLOCK_N * BLOCK_N, clear_begin, first_key, last_pos,
             k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     acc, top, total = _attend_tiles(
-        acc, top, total, q, k_scale, pos, clear_begin, clear_end, first_key, last_pos,
+        acc, top, total, q, pos, clear_begin, clear_end, first_key, last_pos,
         k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, False, PRECISION,
     )  # fmt: skip
     acc, top, total = _attend_tiles(
-        acc, top, total, q, k_scale, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
+        acc, top, total, q, pos, tl.maximum(clear_begin, clear_end), last_pos + 1, first_key, last_pos,
         k_ptr, v_ptr, pages_ptr, page_stride, D, PAGE, WINDOW, SCALE, BLOCK_M, BLOCK_N, True, PRECISION,
     )  # fmt: skip
-    result = (acc / total[:, None] * v_scale).to(out_ptr.dtype.element_ty)
+    result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, result, mask=(row < query_len * GROUP)[:, None])
 
 
@@ -136,30 +130,38 @@ def launch_prefill(
     pages: torch.Tensor,
     first_seq: int,
     max_query_len: int,
+    max_kv_len: int,
     window: int | None,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """Attention of sequences first_seq onwards into their rows of `out`; arguments as in `attend`."""
-    num_seqs = kv_len.shape[0] - first_seq
+    num_seqs = len(kv_len) - first_seq
     if num_seqs <= 0 or max_query_len == 0:
         return
-    num_kv_heads, page_size, head_dim = k_cache.shape[1:]
+    num_kv_heads, _, head_dim = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
     assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
     assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
-    if loads_pages(q, k_cache, v_cache):
-        prefill(
-            q, k_cache, v_cache, kv_scales, query_start, kv_len, pages, first_seq, max_query_len, window, scale, out
-        )
-        return
-    tile = prefill_tile(q.dtype, head_dim)
-    grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, num_seqs)
-    _prefill_kernel[grid](
-        q, *kv_bytes(k_cache, v_cache), kv_scales, out, query_start, kv_len, pages, first_seq, pages.shape[1],
-        k_cache.stride(0),
-        KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
-        SCALE=scale, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **tile,
-        enable_fp_fusion=True,  # said outright: the default is an environment variable's
-    )  # fmt: skip
+    together = num_seqs if kv_scales is None else sequences_together(max_kv_len)
+    for first in range(first_seq, len(kv_len), together):
+        seqs = min(together, len(kv_len) - first)
+        k, v, where = k_cache, v_cache, pages
+        if kv_scales is not None:
+            k, v, where = widen_pages(
+                k_cache, v_cache, kv_scales, query_start, kv_len, pages, first, seqs, max_query_len, max_kv_len,
+                window, q.dtype,
+            )  # fmt: skip
+        if loads_pages(q, k, v):
+            prefill(q, k, v, query_start, kv_len, where, first, seqs, max_query_len, window, scale, out)
+        else:
+            tile = prefill_tile(q.dtype, head_dim)
+            grid = (triton.cdiv(max_query_len * group, tile["BLOCK_M"]), num_kv_heads, seqs)
+            _prefill_kernel[grid](
+                q, k, v, out, query_start, kv_len, where, first, where.shape[1], k.stride(0),
+                KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=k.shape[2], WINDOW=window or 0,
+                SCALE=scale, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                **tile,
+                enable_fp_fusion=True,  # said outright: the default is an environment variable's
+            )  # fmt: skip
+        del k, v, where  # copies, before the next ones need room

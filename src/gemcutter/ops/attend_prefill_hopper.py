@@ -23,8 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemcutter.ops.load_fp8_pages import load
-from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, as_words, barrier, boxes
+from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, barrier, boxes, load_pages
 from gemcutter.ops.online_softmax import FLOOR, LOG2E
 
 ROWS = gl.constexpr(64)  # a warpgroup, the M of one wgmma
@@ -101,7 +100,7 @@ def _fold(
 @gluon.jit
 def _attend(
     first, near_q, q, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head, first_col, tiles,
-    kv_scale, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, WINDOW: gl.constexpr,
     SCALE: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's 64 rows over all tiles, row `first` and on.
@@ -114,7 +113,7 @@ def _attend(
     k, k_ready, k_empty = keys
     v, v_ready, v_empty = values
     first_tile, num_tiles, first_key, last_key = tiles
-    factor = kv_scale[0] * (LOG2E * SCALE)
+    factor: gl.constexpr = LOG2E * SCALE
     PARTS: gl.constexpr = D // COLS
     dtype: gl.constexpr = q.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # 16 bytes a thread
@@ -181,7 +180,7 @@ def _attend(
             acc = _finish_values(acc, tile, v_empty, V_STAGES)
             key += KEYS
 
-    share = gl.convert_layout(gl.full_like(total, 1.0) / total * kv_scale[1], gl.SliceLayout(1, of_acc))
+    share = gl.convert_layout(gl.full_like(total, 1.0) / total, gl.SliceLayout(1, of_acc))
     # Through the shared memory of Q, which nobody reads any more: straight from the accumulator a store would write
     # 16 bytes a row, and a sliding layer of 8192 tokens take 269 µs for 250.
     q.store((acc * share[:, None]).to(dtype))
@@ -192,7 +191,7 @@ def _attend(
 
 @gluon.jit(do_not_specialize=["first_seq", "max_pages", "query_tiles"])
 def _prefill_hopper_kernel(
-    q_ptr, k_desc, v_desc, kv_scales_ptr, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages,
+    q_ptr, k_desc, v_desc, out_ptr, query_start_ptr, kv_len_ptr, pages_ptr, first_seq, max_pages,
     query_tiles, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     WINDOW: gl.constexpr, SCALE: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -216,10 +215,6 @@ def _prefill_hopper_kernel(
         num_tiles = last_key // KEYS + 1 - first_tile
         pages_ptr += seq.to(gl.int64) * max_pages
 
-        kv_scale = 1.0, 1.0
-        FP8: gl.constexpr = kv_scales_ptr is not None
-        if FP8:
-            kv_scale = gl.load(kv_scales_ptr + kv_head), gl.load(kv_scales_ptr + KV_HEADS + kv_head)
         dtype: gl.constexpr = q_ptr.dtype.element_ty
         shared: gl.constexpr = k_desc.layout
         q_low = gl.allocate_shared_memory(dtype, [ROWS, COLS], shared)
@@ -230,8 +225,7 @@ def _prefill_hopper_kernel(
             near_high = gl.allocate_shared_memory(dtype, [ROWS, HELD], shared)
         k_stages = gl.allocate_shared_memory(dtype, [K_STAGES, KEYS, COLS], shared)
         v_stages = gl.allocate_shared_memory(dtype, [V_STAGES, KEYS, COLS], shared)
-        WIDENED: gl.constexpr = LOADERS if FP8 else 0
-        k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES + WIDENED, 1], mbarrier.MBarrierLayout())
+        k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
         k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
         v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES + LOADERS, 1], mbarrier.MBarrierLayout())
         v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
@@ -243,27 +237,32 @@ def _prefill_hopper_kernel(
             mbarrier.init(v_empty.index(stage), count=2)
         for loader in gl.static_range(LOADERS):
             mbarrier.init(v_ready.index(V_STAGES + loader), count=1)
-            if FP8:
-                mbarrier.init(k_ready.index(K_STAGES + loader), count=1)
         fence_async_shared()
         tiles = (first_tile, num_tiles, first_key, last_key)
-        where = (pages_ptr, kv_head, tiles)
         keys = (k_stages, k_ready, k_empty)
         values = (v_stages, v_ready, v_empty)
         gl.warp_specialize(
             [
                 (_attend, (
                     first_row, near_low, q_low, keys, values, q_ptr, out_ptr, query_begin, query_len, held, kv_head,
-                    first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
+                    first_col, tiles, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
                 (_attend, (
                     first_row + ROWS, near_high, q_high, keys, values, q_ptr, out_ptr, query_begin, query_len, held,
-                    kv_head, first_col, tiles, kv_scale, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
+                    kv_head, first_col, tiles, KV_HEADS, GROUP, D, WINDOW, SCALE, K_STAGES, V_STAGES,
                 )),
-                (load, (0, k_desc, keys, where, 0, KV_HEADS, PAGE, PARTS, K_STAGES, False, FP8)),
-                (load, (1, k_desc, keys, where, 0, KV_HEADS, PAGE, PARTS, K_STAGES, False, FP8)),
-                (load, (0, v_desc, values, where, first_col, KV_HEADS, PAGE, 1, V_STAGES, True, FP8)),
-                (load, (1, v_desc, values, where, first_col, KV_HEADS, PAGE, 1, V_STAGES, True, FP8)),
+                (load_pages, (
+                    0, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
+                )),
+                (load_pages, (
+                    1, k_desc, keys, pages_ptr, kv_head, 0, tiles, KV_HEADS, PAGE, PARTS, K_STAGES, False,
+                )),
+                (load_pages, (
+                    0, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
+                )),
+                (load_pages, (
+                    1, v_desc, values, pages_ptr, kv_head, first_col, tiles, KV_HEADS, PAGE, 1, V_STAGES, True,
+                )),
             ],
             [4, 1, 1, 1, 1],
             [232, 40, 40, 40, 40],  # registers a thread; the first warpgroup takes the remaining 232
@@ -274,11 +273,11 @@ def prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    kv_scales: torch.Tensor | None,
     query_start: torch.Tensor,
     kv_len: torch.Tensor,
     pages: torch.Tensor,
     first_seq: int,
+    num_seqs: int,
     max_query_len: int,
     window: int | None,
     scale: float,
@@ -288,10 +287,10 @@ def prefill(
     num_kv_heads, page_size, head_dim = k_cache.shape[1:]
     group = q.shape[1] // num_kv_heads
     query_tiles = triton.cdiv(max_query_len * group, 2 * ROWS.value)
-    programs = query_tiles * (head_dim // COLS.value) * num_kv_heads * (len(kv_len) - first_seq)
+    programs = query_tiles * (head_dim // COLS.value) * num_kv_heads * num_seqs
     _prefill_hopper_kernel[(programs,)](
-        q, *(boxes(as_words(cache), KEYS.value, BOX.value) for cache in (k_cache, v_cache)), kv_scales, out,
-        query_start, kv_len, pages, first_seq, pages.shape[1], query_tiles,
+        q, *(boxes(cache, KEYS.value, BOX.value) for cache in (k_cache, v_cache)), out, query_start, kv_len,
+        pages, first_seq, pages.shape[1], query_tiles,
         KV_HEADS=num_kv_heads, GROUP=group, D=head_dim, PAGE=page_size, WINDOW=window or 0,
         SCALE=scale, K_STAGES=2 if head_dim == 256 else 3, V_STAGES=512 // head_dim,  # with Q 192 and 224 KiB
         num_warps=4,
