@@ -101,7 +101,8 @@ class Engine:
             longest = min(config.max_prefill_tokens, size.context_length)
             warm_up(model, pool, longest, config.page_size, progress)
             if largest := config.cuda_graph_max_bs:
-                graphs = StepGraphs(model, pool, builder, suppressed, largest, longest, progress)
+                chunk = min(config.chunked_prefill_size, longest)
+                graphs = StepGraphs(model, pool, builder, suppressed, largest, longest, chunk, progress)
         runner = Runner(model, pool, builder, graphs, suppressed)
         return cls(config, spec, scheduler, runner)
 

@@ -7,7 +7,9 @@ from problems import held_out
 
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
-from gemcutter.run.graphs import decode_sizes
+from gemcutter.run import graphs
+from gemcutter.run.bucket import Bucket
+from gemcutter.run.graphs import StepGraphs, decode_sizes
 
 
 def test_decode_sizes():
@@ -21,10 +23,15 @@ def test_decode_sizes():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["carat", "carat-edge"])
-def test_replay_equals_eager(model):
+def test_replay_equals_eager(model, monkeypatch):
     """Requests of many lengths: prompts in chunks beside decoding rows, in batches that shrink through the buckets,
-    with page tables left stale.
+    with page tables left stale; and one by itself, whose whole chunks have a graph that they fill.
     """
+    replayed, replay = set(), StepGraphs.replay
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 20)
+    monkeypatch.setattr(
+        StepGraphs, "replay", lambda self, plan, bucket: (replayed.add(bucket), replay(self, plan, bucket))[1]
+    )
     prompts = [[2, *p.solution.encode()[: 3 + 7 * i]] for i, p in enumerate(held_out(11))]
     outcomes = []
     for disabled in (False, True):
@@ -37,8 +44,10 @@ def test_replay_equals_eager(model):
         )
         engine = Engine.start(config)
         requests = [request(str(i), p, max_tokens=5 + 3 * i) for i, p in enumerate(prompts)]
-        rounds = [finish(engine, requests), finish(engine, requests[::-1])]
+        alone = request("alone", [2, *prompts[-1][:0:-1]], max_tokens=5)
+        rounds = [finish(engine, some) for some in (requests, requests[::-1], [alone])]
         outcomes.append([[outcome.token_ids for outcome in one] for one in rounds])
         del engine
         torch.cuda.empty_cache()
     assert outcomes[0] == outcomes[1]
+    assert Bucket(0, 1, 24) in replayed

@@ -6,7 +6,8 @@ tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a
 weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
 A bias is added to the accumulator, before the one rounding. For narrow weights and few rows, which never go there,
 cuBLASLt has other bits all the same (seen: 3 elements of 1 to 40 rows of a router of 128 columns), so the reference
-on a GPU fills rows up to as many as do.
+on a GPU fills rows up to as many as do. And so it has where rows do not begin at multiples of 16 bytes (1 element of
+40 rows by a weight of 7 columns and 320 deep), which are copied to where they do.
 
 On a CPU the reference multiplies 16 rows at a time (`row_blocks.py`). Weights in FP8 are `linear_fp8.py`'s.
 """
@@ -80,10 +81,24 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     try:
         torch.backends.cuda.preferred_blas_library("cublaslt")
         setattr(half, name, (False, False))
-        return F.linear(with_library_rows(x, len(weight)), weight, bias)[: len(x)]
+        padded = _in_eights(with_library_rows(x, len(weight)), weight, bias)
+        return F.linear(*padded)[: len(x), : len(weight)].contiguous()
     finally:
         setattr(half, name, allowed)
         torch.backends.cuda.preferred_blas_library(before)
+
+
+def _in_eights(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same with zeros behind, if need be, so that all rows begin at multiples of 16 bytes, the result's too."""
+    columns, depth = -len(weight) % 8, -x.shape[1] % 8
+    if columns or depth:
+        weight = F.pad(weight, (0, depth, 0, columns))
+        bias = None if bias is None else F.pad(bias, (0, columns))
+    if depth or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = F.pad(x, (0, -x.shape[1] % 8)) if depth else x.clone(memory_format=torch.contiguous_format)
+    return x, weight if weight.data_ptr() % 16 == 0 else weight.clone(), bias
 
 
 def with_library_rows(x: torch.Tensor, columns: int) -> torch.Tensor:
