@@ -166,8 +166,8 @@ def test_gpu_both_kernels_have_the_bits_of_cublas_without_a_split():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(128, 2816), (128, 1088), (130, 1088), (7, 320), (65, 321)], ids=str)
 def test_gpu_narrow_weights_have_the_bits_of_the_reference(shape):
-    """Of few rows cuBLASLt, asked for no more, differs in one element of thousands; so it does of any number of rows
-    that do not begin at multiples of 16 bytes.
+    """Of few rows cuBLASLt, asked for no more, differs in one element of thousands; so it does of
+    any number of rows that do not begin at multiples of 16 bytes.
     """
     for seed in range(40):
         generator = torch.Generator("cuda").manual_seed(seed)

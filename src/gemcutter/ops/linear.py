@@ -6,8 +6,8 @@ tile, the instruction (mma or wgmma) and the number of rows. So few rows go to a
 weights and many to cuBLASLt, forbidden to split K, and a row does not tell which of the two it went through.
 A bias is added to the accumulator, before the one rounding. For narrow weights and few rows, which never go there,
 cuBLASLt has other bits all the same (seen: 3 elements of 1 to 40 rows of a router of 128 columns), so the reference
-on a GPU fills rows up to as many as do. And so it has where rows do not begin at multiples of 16 bytes (1 element of
-40 rows by a weight of 7 columns and 320 deep), which are copied to where they do.
+on a GPU fills rows up to as many as do. And so it has where rows do not begin at multiples of 16 bytes (1 element
+of 40 rows by a weight of 7 columns and 320 deep), which are copied to where they do.
 
 On a CPU the reference multiplies 16 rows at a time (`row_blocks.py`). Weights in FP8 are `linear_fp8.py`'s.
 """

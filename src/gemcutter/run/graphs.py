@@ -64,9 +64,7 @@ class StepGraphs:
             self._graphs[bucket] = graph
 
     def bucket(self, plan: Plan) -> Bucket | None:
-        """The smallest captured one that holds the plan; None if there is none. One that it fills needs no prompt to
-        fill it up.
-        """
+        """The smallest captured one that holds the plan, or is just the plan; None if there is none."""
         whole = Bucket.of(plan)
         if whole in self._graphs:
             return whole
