@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import PROCESSORS, load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import PROCESSORS, loads_by_tma
 from gemcutter.ops.row_hopper import PART, load_row, ring, view, window
-from gemcutter.ops.row_stream_hopper import barrier, together
+from gemcutter.ops.row_stream_hopper import ask, barrier, together
 
 CHUNKS = 4  # of 64 columns a step
 STAGED = 160 * 1024  # bytes of weights under way
@@ -30,18 +30,6 @@ DEEPEST = 22 * 1024  # columns of x: 84 registers a thread hold 21,504; more wer
 HALVES = gl.constexpr(2)  # parts of x in shared memory: one that is multiplied, and the next
 _TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # of 64 columns, as wgmma reads them
 _ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
-
-
-@gluon.jit
-def _ask(desc, tiles, ready, step, first):
-    """A step's weights: a box of ROWS rows for each of its chunks, one behind the other."""
-    CHUNKS: gl.constexpr = desc.block_shape[0]
-    GROUPS: gl.constexpr = desc.block_shape[1] // 8
-    STAGES: gl.constexpr = ready.shape[0]
-    at = step % STAGES
-    mbarrier.expect(ready.index(at), CHUNKS * GROUPS * 1024)
-    boxes = view(tiles, desc.dtype, [STAGES] + desc.block_shape, desc.layout)
-    load_tile(desc, [step * CHUNKS, first, 0], ready.index(at), boxes.index(at))
 
 
 @gluon.jit(do_not_specialize=["count"])
@@ -62,7 +50,7 @@ def _linear_row_kernel(
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     for stage in gl.static_range(STAGES):
-        _ask(desc, tiles, ready, stage, first)
+        ask(desc, tiles, ready, stage, first, CHUNKS)
     gdc_wait()
     gdc_launch_dependents()  # not before: what the kernel ahead wrote is settled for those behind, see chain.py
     x = load_row(x_ptr, K)
@@ -90,7 +78,7 @@ def _linear_row_kernel(
             if STAGES < STEPS:
                 barrier()  # all warps' products of the step before are done, its stage is free
                 if (step > 0) & (step - 1 + STAGES < STEPS):
-                    _ask(desc, tiles, ready, step - 1 + STAGES, first)
+                    ask(desc, tiles, ready, step - 1 + STAGES, first, CHUNKS)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     row = gl.arange(0, 64, gl.SliceLayout(1, _ACC))[:, None]
     col = gl.arange(0, 8, gl.SliceLayout(0, _ACC))[None, :]

@@ -59,10 +59,11 @@ def ask(desc, tiles, ready, step, first, CHUNKS: gl.constexpr):
     """
     STAGES: gl.constexpr = ready.shape[0]
     at = step % STAGES
-    if len(desc.block_shape) == 4:
+    if len(desc.block_shape) > 2:
         boxes = view(tiles, desc.dtype, [STAGES] + desc.block_shape, desc.layout)
         mbarrier.expect(ready.index(at), desc.block_type.nbytes)
-        load_tile(desc, [step * CHUNKS, 0, first, 0], ready.index(at), boxes.index(at))
+        begin = [step * CHUNKS, 0, first, 0] if len(desc.block_shape) == 4 else [step * CHUNKS, first, 0]
+        load_tile(desc, begin, ready.index(at), boxes.index(at))
     else:
         ROWS: gl.constexpr = desc.block_shape[0]
         COLS: gl.constexpr = desc.block_shape[1]
