@@ -1,12 +1,10 @@
 """The order of work, the arithmetic and the report of `gemcutter bench ops`, with a clock that is told times."""
 
-import io
 import json
 import math
 
 import pytest
 import torch
-from rich.console import Console
 
 import gemcutter.bench.ops as bench
 from gemcutter.bench import report, timing, warm
@@ -14,6 +12,8 @@ from gemcutter.bench.ops import compare, geometric_mean, measure
 from gemcutter.bench.peers import PEERS, Peer
 from gemcutter.bench.timing import Ceiling, copies, held_bytes, plan_turns
 from gemcutter.cli import main
+from gemcutter.cli.ops_table import ops_table, rows_table
+from gemcutter.cli.table import show
 from gemcutter.ops.rms_norm import rms_norm_reference
 from gemcutter.verify import cases
 from gemcutter.verify.case import Case
@@ -235,11 +235,10 @@ def rows_of_a_run(peers):
     return rows
 
 
-def test_report(peers):
+def test_report(peers, capsys):
     rows = rows_of_a_run(peers)
-    console = Console(width=132, file=io.StringIO())
-    console.print(report.rows_table(rows), report.ops_table(rows), *report.notes(rows))
-    text = console.file.getvalue()
+    show(rows_table(rows), ops_table(rows), *report.notes(rows))
+    text = capsys.readouterr().out
     lines = text.splitlines()
     first = next(line for line in lines if "width 64" in line)
     assert first.split() == "rms_norm width 64 8 2.00 2.00 100% 2 4.00 0.0e+00 2.00".split()

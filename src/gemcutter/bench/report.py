@@ -1,9 +1,6 @@
-"""What was measured, as a table for people and as JSON for programs."""
+"""What was measured: sums of it, notes for people, and JSON for programs."""
 
 from collections.abc import Sequence
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from gemcutter.bench.ops import Row, geometric_mean
 from gemcutter.bench.peers import HOW_TO_ADD, PEERS, why_absent
@@ -17,38 +14,6 @@ def ceiling_line(ceiling: Ceiling, device: str) -> str:
         f"{device}: copies move {ceiling.bandwidth / 1e12:.2f} TB/s (read + write), "
         f"an empty kernel in a graph takes {ceiling.empty * 1e6:.2f} µs"
     )
-
-
-def rows_table(rows: Sequence[Row]) -> Table:
-    table = _table(("op", "shape"), ("rows", "µs", "floor", "of floor", "peer", "its µs", "its diff", "x"))
-    for row in rows:
-        if not row.timed:
-            table.add_row(row.op, row.shape, f"{row.rows}", "REFUSED" if row.refused else "skipped", *["-"] * 6)
-            continue
-        peer = ["-"] * 4
-        if row.best:
-            difference = "-" if row.best.difference is None else f"{row.best.difference:.1e}"
-            peer = [f"{row.best.number}", f"{row.best.seconds * 1e6:.2f}", difference, f"{row.ratio:.2f}"]
-        table.add_row(
-            row.op, row.shape, f"{row.rows}", f"{row.seconds * 1e6:.2f}", f"{row.floor * 1e6:.2f}",
-            f"{row.of_floor:.0%}", *peer,
-        )  # fmt: skip
-    return table
-
-
-def ops_table(rows: Sequence[Row]) -> Table:
-    """One line an op, and one for all."""
-    table = _table(
-        ("op",),
-        ("timed", "refused", "with peers", "geo. mean x", "least x", "below 1", f"least of floor, M >= {LARGE}"),
-    )
-    for op in [*dict.fromkeys(row.op for row in rows), "all"]:
-        says = summary([row for row in rows if op in (row.op, "all")])
-        table.add_row(
-            op, f"{says['timed']}", f"{says['refused']}", f"{says['with_peers']}", _times(says["geometric_mean"]),
-            _times(says["least_ratio"]), f"{says['below_1']}", _share(says["least_of_floor"]),
-        )  # fmt: skip
-    return table
 
 
 def summary(rows: Sequence[Row]) -> dict:
@@ -113,20 +78,3 @@ def _row_json(row: Row) -> dict:
         us=round(row.seconds * 1e6, 3), floor_us=round(row.floor * 1e6, 3), of_floor=round(row.of_floor, 4)
     )
     return found | dict(peers_us=times, best=best)
-
-
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
-
-
-def _share(part: float | None) -> str:
-    return "-" if part is None else f"{part:.0%}"

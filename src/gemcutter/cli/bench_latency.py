@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -18,9 +17,8 @@ from rich.table import Table
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.cli.flags import Parser, add_config, add_model, blame_user, read_config
+from gemcutter.cli.table import show, table_of
 from gemcutter.model.cost import DTYPE_BYTES
-
-WIDTH = 110  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
@@ -58,19 +56,13 @@ def run(args: argparse.Namespace) -> int:
             spec = quantize_on_load(spec, folder)
     dtype_name = spec.dtype if config.dtype == "auto" else config.dtype
     dtype = getattr(torch, dtype_name)
-    console = Console()
-    console.width = max(console.width, WIDTH)
     roof = measure_roof(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the engine counts what is free
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
-    console.print(
-        f"{name}: copy {roof.bandwidth / 1e12:.3g} TB/s, {dtype_name} matmul {roof.flops / 1e12:.3g} TFLOP/s",
-        highlight=False,
-        markup=False,
-    )
+    print(f"{name}: copy {roof.bandwidth / 1e12:.3g} TB/s, {dtype_name} matmul {roof.flops / 1e12:.3g} TFLOP/s")
     with blame_user(args.parser):
         engine = Engine.start(config)
         # Drawn between the stages only: a thread that draws takes time from the step.
@@ -91,12 +83,11 @@ def run(args: argparse.Namespace) -> int:
     }
     says = {"decode": "one step: time per token", "prefill": "all of the prompts: time to first token"}
     for phase, one in parts.items():
-        console.print(
+        show(
             f"{phase}, {says[phase]} {one.wall * 1e3:.2f} ms, floor {one.floor * 1e3:.2f} ms, "
             f"all kernels {one.measured * 1e3:.2f} ms",
-            highlight=False,
+            _table(one),
         )
-        console.print(_table(one), highlight=False)
     result = {
         "model": config.model_path,
         "device": name,
@@ -123,10 +114,7 @@ def _count(text: str) -> int:
 
 
 def _table(one) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("part", no_wrap=True)
-    for column in ("launches", "MB", "GFLOP", "floor, ms", "ms", "of floor", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = table_of("launches", "MB", "GFLOP", "floor, ms", "ms", "of floor", "share", words=("part",))
     for row in one.rows:
         needed = ["-"] * 3 if row.floor is None else [
             f"{row.bytes / 1e6:.1f}", f"{row.flops / 1e9:.2f}", f"{row.floor * 1e3:.3f}"

@@ -14,9 +14,9 @@ from rich.progress import Progress
 
 from gemcutter.cli.cases import add_case_flags, choose
 from gemcutter.cli.flags import Parser
+from gemcutter.cli.table import show
 
 ROWS = (1, 8, 64, 256, 1024, 8192)
-WIDTH = 132  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,15 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from gemcutter.bench.ops import measure
     from gemcutter.bench.timing import measure_ceiling
     from gemcutter.bench.warm import compile_ahead
+    from gemcutter.cli.ops_table import ops_table, rows_table
     from gemcutter.verify.cases import all_cases
 
     cases = choose(args, [case for case in all_cases() if case.dtype is torch.bfloat16])
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
-    console = Console()
-    console.width = max(console.width, WIDTH)
     ceiling = measure_ceiling()
-    console.print(report.ceiling_line(ceiling, properties.name), highlight=False, markup=False)
+    print(report.ceiling_line(ceiling, properties.name))
     counts = sorted(set(args.rows or ROWS))
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -52,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
             for count in counts:
                 rows.append(measure(case, count, ceiling, device, properties.L2_cache_size))
                 progress.advance(task)
-    for part in (report.rows_table(rows), *report.notes(rows), report.ops_table(rows)):
-        console.print(part, highlight=False, markup=False)
+    show(rows_table(rows), *report.notes(rows), ops_table(rows))
     print(json.dumps(report.as_json(rows, ceiling, properties.name)), flush=True)
     return 1 if any(row.refused for row in rows) else 0

@@ -11,12 +11,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from gemcutter.cli.flags import Parser, blame_user
+from gemcutter.cli.table import show, table_of
 
 # flag: type, default, help. A preset stands in for defaults, and what is given stands over both.
 OPTIONS = {
@@ -165,8 +165,6 @@ def _bar(total: int) -> Iterator[Callable[[], None]]:
 
 
 def _show(result: dict) -> None:
-    console = Console()
-    console.width = max(console.width, 80)
     totals = Table("", "", box=None, show_header=False)
     for name, key, unit in (
         ("completed requests", "completed", ""),
@@ -181,16 +179,13 @@ def _show(result: dict) -> None:
         ("client, share of one core", "client_cpu_share", ""),
     ):
         totals.add_row(name, f"{_text(result[key])} {unit}".rstrip())
-    times = Table("ms", box=SIMPLE_HEAD)
     kinds = ("mean", "median", "p90", "p99", "max")
-    for kind in kinds:
-        times.add_column(kind, justify="right")
+    times = table_of(*kinds, words=("ms",))
     for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2e_latency")):
         times.add_row(name, *(_text(result[f"{kind}_{key}_ms"]) for kind in kinds))
-    console.print(totals, highlight=False)
-    console.print(times, highlight=False)
+    show(totals, times)
     for error, count in result["errors"].items():
-        console.print(f"failed, {count} of them: {error}", highlight=False, markup=False, soft_wrap=True)
+        print(f"failed, {count} of them: {error}")
     asked, came = result["total_output_tokens_asked"], result["total_output_tokens"]
     if asked != came:
         print(f"{asked} output tokens were asked for, {came} came.")

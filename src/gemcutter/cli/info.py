@@ -11,21 +11,19 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from gemcutter.checkpoint.config import read_quantization, read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.checkpoint.quantization import Quantization
 from gemcutter.cli.flags import Parser, add_model, blame_user, read_model
+from gemcutter.cli.table import show, table_of
 from gemcutter.model import cost
 from gemcutter.spec import Kind, LayerSpec, ModelSpec
 
 CONTEXTS = (1024, 8192, 32_768, 131_072)
 BATCHES = (1, 8, 32, 128)
 ORDER = ("qkv", "o", "gate_up", "down", "experts", "per_layer_input.gate", "per_layer_input.projection")
-WIDTH = 110  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
@@ -52,8 +50,6 @@ def run(args: argparse.Namespace) -> int:
 
             plan = read_plan(spec, folder)
             spec, notices = plan.spec, plan.notices
-    console = Console()
-    console.width = max(console.width, WIDTH)
     kv_element = cost.DTYPE_BYTES[spec.dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype]
     parts = [_size(spec, model), _layers(spec), _memory(spec, kv_element)]
     if quantization is not None:
@@ -64,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
         parts += _decode_floors(spec, args.bandwidth * 1e12, kv_element)
     if args.flops:
         parts += _prefill_floors(spec, args.flops * 1e12, args.bandwidth and args.bandwidth * 1e12)
-    for part in parts:
-        console.print(part, highlight=False, markup=False)
+    show(*parts)
     return 0
 
 
@@ -74,13 +69,6 @@ def _positive(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _element(spec: ModelSpec) -> int:
@@ -115,7 +103,7 @@ def _layers(spec: ModelSpec) -> Table:
     counts: dict[tuple, int] = {}
     for layer in spec.layers:
         counts[key(layer)] = counts.get(key(layer), 0) + 1
-    table = _table("layers", "kind", "heads", "kv heads", "head dim", "sees", "K/V", "MLP", "experts")
+    table = table_of("layers", "kind", "heads", "kv heads", "head dim", "sees", "K/V", "MLP", "experts")
     for row, count in counts.items():
         table.add_row(str(count), *row)
     return table
@@ -159,7 +147,7 @@ def _fit(spec: ModelSpec, memory: float, kv_element: int) -> list[Table | str]:
     free = memory - cost.weight_bytes(spec, _element(spec))
     if free <= 0:
         return [f"The weights do not fit into {_bytes(memory)}.\n"]
-    table = _table("context", "K/V a request", "requests", "tokens")
+    table = table_of("context", "K/V a request", "requests", "tokens")
     for context in _contexts(spec):
         each = cost.kv_bytes(spec, context, kv_element)
         requests = int(free // each)
@@ -168,7 +156,7 @@ def _fit(spec: ModelSpec, memory: float, kv_element: int) -> list[Table | str]:
 
 
 def _decode_floors(spec: ModelSpec, bandwidth: float, kv_element: int) -> list[Table | str]:
-    table = _table("context", *(f"batch {batch}" for batch in BATCHES))
+    table = table_of("context", *(f"batch {batch}" for batch in BATCHES))
     for context in _contexts(spec):
         times = (cost.decode_bytes(spec, batch, context, _element(spec), kv_element) for batch in BATCHES)
         table.add_row(f"{context}", *(f"{1e3 * moved / bandwidth:.2f}" for moved in times))
@@ -177,7 +165,7 @@ def _decode_floors(spec: ModelSpec, bandwidth: float, kv_element: int) -> list[T
 
 def _prefill_floors(spec: ModelSpec, flops: float, bandwidth: float | None) -> list[Table | str]:
     """Of one prompt: FLOPs, or one pass over the weights where that takes longer."""
-    table = _table("tokens", "ms")
+    table = table_of("tokens", "ms")
     for tokens in _contexts(spec):
         seconds = cost.prefill_flops(spec, tokens) / flops
         if bandwidth:

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -18,6 +17,7 @@ from rich.table import Table
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
 from gemcutter.cli.flags import Parser, blame_user
+from gemcutter.cli.table import show, table_of
 from gemcutter.spec import ModelSpec
 
 if TYPE_CHECKING:  # it imports PyTorch, for which no --help should wait
@@ -32,7 +32,6 @@ SIZES = {
     "hidden": "the model's width",
     "intermediate": "an expert's width",
 }
-WIDTH = 144  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or table_path(device, dtype, shape)
     with blame_user(args.parser):
         table = _tune(shape, dtype, device, out, sorted(set(args.buckets or BUCKETS)))
-    _show(_times(table))
+    show(_times(table))
     print(f"Written to {out}")
     return 0
 
@@ -124,7 +123,7 @@ def _tune(shape: "Shape", dtype: str, device: str, out: Path, buckets: list[int]
 
 
 def _times(table: "TileTable") -> Table:
-    shown = _table("tokens", "kernel", "up", "down", "built-in, µs", "tuned, µs", "x", "floor, µs", "of floor")
+    shown = table_of("tokens", "kernel", "up", "down", "built-in, µs", "tuned, µs", "x", "floor, µs", "of floor")
     shown.title = f"{table.device}, {table.dtype}, {tuple(table.shape)}: sort, up and down of one layer"
     for tokens, plan in sorted(table.plans.items()):
         times = table.times[tokens]
@@ -147,7 +146,7 @@ def _list(args: argparse.Namespace) -> int:
     from gemcutter.ops.experts_table import FOLDER, read_table, table_path
 
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    shown = _table("device", "dtype", "experts", "top k", "hidden", "width", "tokens", "made with", "taken here")
+    shown = table_of("device", "dtype", "experts", "top k", "hidden", "width", "tokens", "made with", "taken here")
     for path in sorted(FOLDER.glob("*.json")):
         with blame_user(args.parser):
             table = read_table(path)
@@ -155,19 +154,6 @@ def _list(args: argparse.Namespace) -> int:
         taken = here == table.device and path == table_path(here, table.dtype, table.shape)
         last = table.made_with, "yes" if taken else "no"
         shown.add_row(table.device, table.dtype, *map(str, table.shape), tokens, *last)
-    _show(shown)
+    show(shown)
     print(f"In {FOLDER}; this machine has {here or 'no GPU'}")
     return 0
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _show(table: Table) -> None:
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    console.print(table, markup=False, highlight=False)

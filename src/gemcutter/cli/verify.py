@@ -14,19 +14,17 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from gemcutter.cli.cases import add_case_flags, choose
 from gemcutter.cli.flags import Parser
+from gemcutter.cli.table import show, table_of
 
 INTERPRETED_ROWS = (0, 2)
 # Left out there unless --shape asks for one: E2B, 26B-A4B and GLM-4.7 have every form between them, in 2 minutes.
 NOT_INTERPRETED = ("E4B", "12B", "31B")
 COMPILERS = 2  # processes
-WIDTH = 116  # columns of the widest table: rich would rather cut cells than let a narrow terminal wrap
 
 
 def add_arguments(parser: Parser) -> None:
@@ -70,14 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(results: Sequence, where: str, rows: list[int], kinds: list[str], on_gpu: bool) -> None:
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    console.print(f"{where}, rows {' '.join(map(str, rows))}, inputs {', '.join(kinds)}", highlight=False)
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("op", "shape", "dtype"):
-        table.add_column(column, no_wrap=True)
-    for column in ("compared", "different"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = table_of("compared", "different", words=("op", "shape", "dtype"))
     table.add_column("note")
     records = []
     for result in results:
@@ -90,12 +81,12 @@ def _print(results: Sequence, where: str, rows: list[int], kinds: list[str], on_
         record = dict(op=case.op, shape=case.shape, dtype=dtype)
         record |= dict(compared=result.compared, different=result.different)
         records.append(record | dict(failures=result.failures, left_out=result.left_out))
-    console.print(table, markup=False, highlight=False)
+    show(f"{where}, rows {' '.join(map(str, rows))}, inputs {', '.join(kinds)}", table)
     for record in records:
         for failure in record["failures"]:
             at = f"{record['op']} {record['shape']} {record['dtype']} rows {failure['rows']} {failure['kind']}"
             says = failure.get("raised") or f"{failure['different']} elements differ"
-            console.print(f"{at}: {says}", markup=False, highlight=False)
+            print(f"{at}: {says}")
     totals = {name: sum(record[name] for record in records) for name in ("compared", "different")}
     print(json.dumps(dict(device=where, rows=rows, **totals, cases=records)), flush=True)
 
@@ -120,10 +111,7 @@ def _compile(args: argparse.Namespace) -> int:
             for kernel, count in made.items():
                 found = variants.setdefault(kernel, {})
                 found[target] = found.get(target, 0) + count
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("kernel", no_wrap=True)
-    for target in TARGETS:
-        table.add_column(target, justify="right", no_wrap=True)
+    table = table_of(*TARGETS, words=("kernel",))
     for kernel, made in sorted(variants.items()):
         table.add_row(kernel, *(str(made.get(target, "-")) for target in TARGETS))
         errors += [
@@ -131,9 +119,6 @@ def _compile(args: argparse.Namespace) -> int:
             for target in targets_of(kernel)
             if target not in made
         ]
-    console = Console()
-    console.print(table, markup=False, highlight=False)
-    for error in errors:
-        console.print(error, markup=False, highlight=False)
+    show(table, *errors)
     print(json.dumps(dict(variants=variants, errors=errors)), flush=True)
     return 1 if errors else 0
