@@ -6,6 +6,7 @@ from gemcutter.text.intake import Intake
 from gemcutter.text.tokens import Tokenizer
 
 EOS = {"eos_token_id": [1, 5, 4]}
+VOCAB = 6 + 256 + len(tiny_tokenizers.PIECES)
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def intake(tokenizer):
-    return Intake(tokenizer, tokenizer.vocab_size, 32, EOS, random_seed=7)
+    return Intake(tokenizer, VOCAB, 32, EOS, random_seed=7)
 
 
 def test_text_gets_bos_as_the_checkpoint_says(intake, tokenizer):

@@ -38,9 +38,7 @@ def locate(model_path: str, revision: str | None = None, weights: bool = True) -
     else:
         folder = _download(model_path, revision, weights)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds no config.json; give the folder of a Gemma 4 checkpoint in HF's layout"
-        )
+        raise CheckpointError(f"{folder} holds no config.json; give the folder of a checkpoint in HF's layout")
     return folder
 
 

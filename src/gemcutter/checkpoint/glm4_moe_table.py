@@ -2,10 +2,11 @@
 
 import torch
 
+from gemcutter.checkpoint.linears import mlp_of
 from gemcutter.checkpoint.views import empty_linear, rows
 from gemcutter.model.glm4_moe_weights import Glm4MoeExpertWeights, Glm4MoeLayerWeights, Glm4MoeWeights
 from gemcutter.model.weights import Linear
-from gemcutter.spec import LayerSpec, ModelSpec
+from gemcutter.spec import Family, LayerSpec, ModelSpec
 
 
 def empty_glm4_moe(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Glm4MoeWeights:
@@ -53,7 +54,7 @@ def glm4_moe_layer_pieces(layer: LayerSpec, weights: Glm4MoeLayerWeights) -> dic
     """All of a layer but its routed experts."""
     q, k, v = layer.q_width, layer.q_width + layer.kv_width, layer.qkv_width
     parts = {"q_proj": (0, q), "k_proj": (q, k), "v_proj": (k, v)}
-    mlp = "mlp." if weights.experts is None else "mlp.shared_experts."
+    mlp = mlp_of(Family.GLM4_MOE, layer)
     table: dict[str, Linear] = {
         "input_layernorm.weight": weights.input_norm,
         "post_attention_layernorm.weight": weights.post_attention_norm,

@@ -17,9 +17,7 @@ class ExpertNames(NamedTuple):
     """How a checkpoint's files name the experts of a layer."""
 
     within: str  # one of the family's EXPERTS
-    each: (
-        bool  # every expert's three linears; else all together, in two tensors of three dims, which are no linears
-    )
+    each: bool  # expert's three linears; else all together, in two tensors of three dims, which are no linears
 
 
 def usual(family: Family, each: bool) -> ExpertNames:
@@ -53,7 +51,7 @@ def _of_layer(spec: ModelSpec, layer: LayerSpec, experts: ExpertNames) -> dict[s
         if not layer.k_eq_v:
             table["self_attn.v_proj"] = "qkv"
     table |= {"self_attn.o_proj": "o"}
-    mlp = mlp_of(spec, layer)
+    mlp = mlp_of(spec.family, layer)
     table |= {f"{mlp}gate_proj": "gate_up", f"{mlp}up_proj": "gate_up", f"{mlp}down_proj": "down"}
     if layer.experts is not None:
         if spec.family is Family.GEMMA4:  # GLM's is none of PyTorch's linears
@@ -66,9 +64,9 @@ def _of_layer(spec: ModelSpec, layer: LayerSpec, experts: ExpertNames) -> dict[s
     return table
 
 
-def mlp_of(spec: ModelSpec, layer: LayerSpec) -> str:
+def mlp_of(family: Family, layer: LayerSpec) -> str:
     """Where a layer's MLP lies."""
-    return "mlp.shared_experts." if spec.family is Family.GLM4_MOE and layer.experts else "mlp."
+    return "mlp.shared_experts." if family is Family.GLM4_MOE and layer.experts else "mlp."
 
 
 def schemes_of(linears: dict[str, str | None], quantization: Quantization | None) -> dict[str, Scheme]:

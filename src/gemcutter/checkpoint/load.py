@@ -2,14 +2,11 @@
 
 import logging
 import os
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gemcutter.checkpoint.config import read_quantization
 from gemcutter.checkpoint.dummy import dummy_weights
@@ -17,6 +14,7 @@ from gemcutter.checkpoint.files import CheckpointError
 from gemcutter.checkpoint.fill import chunks, fill
 from gemcutter.checkpoint.linears import HEAD, TEXT_ONLY, linears
 from gemcutter.checkpoint.plan import Plan, read_plan
+from gemcutter.checkpoint.progress import bytes_bar
 from gemcutter.checkpoint.scales import read_scales
 from gemcutter.checkpoint.stored import opened
 from gemcutter.checkpoint.table import empty_weights, pieces
@@ -91,7 +89,7 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1]
 
 
-def load_weights(plan: Plan, device: torch.device, dtype: torch.dtype, progress: bool = True) -> Weights:
+def load_weights(plan: Plan, device: torch.device, dtype: torch.dtype) -> Weights:
     """Stream a checkpoint, one memory-mapped file at a time; host memory stays under twice the largest file.
 
     What is stored in FP8 is held so where its scheme runs, and else dequantised; another weight that the spec wants
@@ -109,7 +107,7 @@ def load_weights(plan: Plan, device: torch.device, dtype: torch.dtype, progress:
     by_file: dict[Path, set[str]] = defaultdict(set)
     for name in table:
         by_file[plan.found[name].path].add(name)
-    with _progress_bar(progress) as bar:
+    with bytes_bar() as bar:
         task = bar.add_task("weights", total=sum(plan.found[name].nbytes for name in table))
         for path, names in by_file.items():
             with opened(path) as shard:
@@ -134,15 +132,3 @@ def _check_tied(path: Path, weights: Weights) -> None:
                     f"{path}: {HEAD} differs from the embedding, though tie_word_embeddings is true; "
                     "set tie_word_embeddings to false in config.json to use both"
                 )
-
-
-def _progress_bar(wanted: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not (wanted and sys.stderr.isatty()),
-    )

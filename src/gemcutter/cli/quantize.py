@@ -9,10 +9,8 @@ model runs. Left as they are: embeddings and head, norms, routers, the towers of
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from gemcutter.checkpoint.files import locate
+from gemcutter.checkpoint.progress import bytes_bar
 from gemcutter.cli.flags import Parser, blame_user
 
 
@@ -28,11 +26,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gemcutter.checkpoint.quantize import (
-        quantize_checkpoint,
-    )  # imports PyTorch, for which no --help should wait
+    from gemcutter.checkpoint.quantize import quantize_checkpoint  # PyTorch, for which no --help should wait
 
-    with blame_user(args.parser), _bar() as bar:
+    with blame_user(args.parser), bytes_bar() as bar:
         task = bar.add_task("quantise")
         source = locate(args.model, args.revision)
         quantize_checkpoint(
@@ -41,8 +37,3 @@ def run(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
     print(f"Written to {args.out}: {size / 1e9:.2f} GB of weights")
     return 0
-
-
-def _bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)
-    return Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True))

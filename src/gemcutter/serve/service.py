@@ -64,12 +64,12 @@ class Service:
                 "model_not_found",
             )
 
-    def need_tokenizer(self) -> Tokenizer:
+    def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise bad_request(f"{self.name} has no tokenizer: only completions of token ids are served")
         return self.tokenizer
 
-    def check_length(self, chars: int) -> None:
+    def _check_length(self, chars: int) -> None:
         """Raises ApiError (400) for text that cannot fit the context, before it costs seconds to tokenize."""
         bound = None if self.tokenizer is None else self.tokenizer.max_chars
         if bound is not None and chars > self.context_length * bound:
@@ -78,13 +78,13 @@ class Service:
             )
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        tokenizer = self.need_tokenizer()
-        self.check_length(len(text))
+        tokenizer = self._need_tokenizer()
+        self._check_length(len(text))
         return await _aside(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens), "prompt")
 
     async def token_texts(self, ids: list[int]) -> list[str]:
         """Each token's text on its own."""
-        tokenizer = self.need_tokenizer()
+        tokenizer = self._need_tokenizer()
 
         def look_up() -> list[str]:
             table = {id: tokenizer.token(id) for id in set(ids)}
@@ -94,7 +94,7 @@ class Service:
 
     async def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens shown. Raises ApiError (400) for unknown ids, and more than the context."""
-        tokenizer = self.need_tokenizer()
+        tokenizer = self._need_tokenizer()
         if len(ids) > self.context_length:
             raise bad_request(
                 f"{len(ids)} tokens are more than the context of {self.context_length}; send fewer at once",
@@ -109,7 +109,7 @@ class Service:
         self, messages: list[dict], tools: list[dict] | None, opening: bool, kwargs: dict
     ) -> list[int]:
         """Token ids of a chat; `opening`: end with the start of the model's turn."""
-        tokenizer = self.need_tokenizer()
+        tokenizer = self._need_tokenizer()
         taken = {"tokenizer", "messages", "tools", "add_generation_prompt"} & kwargs.keys()
         if taken:
             raise bad_request(
@@ -128,7 +128,7 @@ class Service:
         if not isinstance(prompt, str):  # checking ids takes less time than reading them did
             with _client_fault(None):
                 return self._intake.requests(prompt, params, id, clip)
-        self.check_length(len(prompt))
+        self._check_length(len(prompt))
         return await _aside(lambda: self._intake.requests(prompt, params, id, clip), None)
 
     def answer(self, requests: list[Request], n: int, arrival: float) -> Answer:

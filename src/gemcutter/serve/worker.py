@@ -52,7 +52,7 @@ def _run(config: EngineConfig, pipe: Pipe, start: Callable) -> int:
         mendable = isinstance(error, (ValueError, OSError))
         if not mendable:
             traceback.print_exc()
-        pipe.send(wire.encode(wire.Failed(message=one_line(error), mendable=mendable)))
+        pipe.send(wire.encode(wire.Failed(message=_one_line(error), mendable=mendable)))
         return 1
     gc.collect()
     gc.freeze()  # some 200,000 objects of torch and the engine: walking them stopped a step for 0.1 s now and then
@@ -65,7 +65,7 @@ def _run(config: EngineConfig, pipe: Pipe, start: Callable) -> int:
         raise
     except Exception as error:
         traceback.print_exc()
-        pipe.send(wire.encode(wire.Failed(message=one_line(error), mendable=False)))
+        pipe.send(wire.encode(wire.Failed(message=_one_line(error), mendable=False)))
         return 1
     return 0
 
@@ -104,7 +104,7 @@ def _submit(engine, requests) -> Iterator[wire.Refusal]:
             yield wire.Refusal(id=request.id, message=str(error), invalid=True)
         except Exception as error:  # one request's trouble is not the others'
             traceback.print_exc()
-            yield wire.Refusal(id=request.id, message=one_line(error), invalid=False)
+            yield wire.Refusal(id=request.id, message=_one_line(error), invalid=False)
 
 
 def _die_with_parent() -> None:
@@ -113,6 +113,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"

@@ -28,7 +28,6 @@ class Tokenizer:
         self.byte_ids = frozenset(found)
         # With a piece for every byte nothing becomes <unk>, so no token stands for more than the longest piece.
         self.max_chars = max(map(len, self._core.get_vocab())) if len(found) == 256 else None
-        self.vocab_size = max((added.keys() | {self._core.get_vocab_size() - 1}), default=-1) + 1
 
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer | None":
