@@ -1,5 +1,7 @@
 """What every test runs under: one thread, and GPU tests only where there is a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -26,6 +28,25 @@ def hf_sums_as_we_do(monkeypatch):
 
     monkeypatch.setattr(Gemma4RMSNorm, "_norm", norm)
     monkeypatch.setattr(Gemma4UnifiedRMSNorm, "_norm", norm)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A Hopper card in Triton's mind, under a number that no other has, and a cache on disk of its own."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    target, number = GPUTarget("cuda", 90, 32), 77
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: number,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    yield number
+    driver._active = None
 
 
 def pytest_collection_modifyitems(config, items):

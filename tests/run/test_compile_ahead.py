@@ -2,14 +2,11 @@
 
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gemcutter.run.ahead import compile_ahead
@@ -27,22 +24,16 @@ def _broken(x_ptr, SIZE: tl.constexpr):
 
 
 @pytest.fixture
-def card(monkeypatch, tmp_path):
-    """A Hopper card in Triton's mind, and a cache on disk of its own. Gives the kernels that it has by now."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    target = GPUTarget("cuda", 90, 32)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: target, get_current_device=lambda: 77, get_current_stream=lambda device: 0
-        )
-    )
+def kernels(hopper):
+    """Gives the kernels that there are by now."""
     for kernel in (_scaled, _broken):
-        kernel.device_caches.pop(77, None)
-    yield lambda: {kernel.__name__: list(kernel.device_caches[77][0].values()) for kernel in (_scaled, _broken)}
-    driver._active = None
+        kernel.device_caches.pop(hopper, None)
+    return lambda: {
+        kernel.__name__: list(kernel.device_caches[hopper][0].values()) for kernel in (_scaled, _broken)
+    }
 
 
-def test_compiles_every_variant_once_and_launches_none(card):
+def test_compiles_every_variant_once_and_launches_none(kernels):
     x, y = torch.ones(64), torch.zeros(64)
     done = []
 
@@ -55,11 +46,11 @@ def test_compiles_every_variant_once_and_launches_none(card):
     run = JITFunction.run
     compile_ahead([lambda size=size: work(size) for size in (16, 32, 64)])
     assert done == [16, 64, 32] and not y.any() and JITFunction.run is run
-    kernels = card()["_scaled"]
-    assert len(kernels) == 6 and all("scaled" in kernel.asm["ptx"] for kernel in kernels)
+    scaled = kernels()["_scaled"]
+    assert len(scaled) == 6 and all("scaled" in kernel.asm["ptx"] for kernel in scaled)
 
 
-def test_one_thread_at_a_time_parses(card, monkeypatch):
+def test_one_thread_at_a_time_parses(kernels, monkeypatch):
     x, parsing, most, parse = torch.ones(64), 0, 0, JITFunction.parse
 
     def slowly(self):
@@ -73,34 +64,34 @@ def test_one_thread_at_a_time_parses(card, monkeypatch):
     monkeypatch.setattr(JITFunction, "parse", slowly)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     compile_ahead([lambda factor=factor: _scaled[(1,)](x, x, 50, 16, factor) for factor in (2, 3, 4, 5)])
-    assert len(card()["_scaled"]) == 4 and most == 1 and JITFunction.parse is slowly
+    assert len(kernels()["_scaled"]) == 4 and most == 1 and JITFunction.parse is slowly
 
 
-def test_what_is_on_disk_is_walked_through_no_further(card):
+def test_what_is_on_disk_is_walked_through_no_further(kernels, hopper):
     x, y = torch.ones(64), torch.zeros(64)
     works, done = [], []
     for size in (16, 32, 64):
         works.append(lambda size=size: (done.append(size), _scaled[(1,)](x, y, 50, size, 2)))
     compile_ahead(works)
-    _scaled.device_caches.pop(77)  # as in another process
+    _scaled.device_caches.pop(hopper)  # as in another process
     done.clear()
     compile_ahead(works)
-    assert done == [16, 64] and len(card()["_scaled"]) == 2
+    assert done == [16, 64] and len(kernels()["_scaled"]) == 2
 
 
-def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(card):
+def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(kernels):
     x = torch.ones(4)
     compile_ahead([lambda: _broken[(1,)](x, 2), lambda: _scaled[(1,)](x, x, 4, 4, 5)])
-    assert len(card()["_scaled"]) == 1
+    assert len(kernels()["_scaled"]) == 1
     with pytest.raises(triton.CompilationError, match="only one"):
         _broken[(1,)](x, 2)
 
 
-def test_a_work_that_fails_stops_nothing(card):
+def test_a_work_that_fails_stops_nothing(kernels):
     x = torch.ones(4)
     run, works = JITFunction.run, [lambda: _scaled[(1,)](x, x, 4, 4, 7), lambda: 1 / 0]
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
         compile_ahead(works)
-    assert JITFunction.run is run and len(card()["_scaled"]) == 1
+    assert JITFunction.run is run and len(kernels()["_scaled"]) == 1
     with pytest.raises(ZeroDivisionError):
         works[1]()

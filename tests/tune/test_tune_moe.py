@@ -5,10 +5,14 @@ import json
 
 import pytest
 import torch
+from triton.compiler import CompiledKernel
 
 from gemcutter.bench.roof import Roof
 from gemcutter.ops.experts_table import Plan, Shape, Tile, read_table
+from gemcutter.ops.experts_tiled import _down_kernel, _up_kernel
+from gemcutter.ops.experts_tiled_fp8 import _down_fp8_kernel, _up_fp8_kernel
 from gemcutter.ops.experts_tiles import built_in_tiles
+from gemcutter.run.ahead import compile_all
 from gemcutter.tune import moe, search
 from gemcutter.tune.candidates import SHARED, down_tiles, up_tiles
 from gemcutter.tune.record import part_path, read_part
@@ -64,7 +68,8 @@ def clock(monkeypatch):
     monkeypatch.setattr(moe, "Clock", kind)
     monkeypatch.setattr(moe, "measure_roof", lambda device, dtype: Roof(4e12, 8e14))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(moe, "compile_ahead", lambda shape, dtype, plans, advance: [advance() for _ in plans])
+    monkeypatch.setattr(moe, "compile_all", lambda works: 0)
+    monkeypatch.setattr(moe, "launches", lambda shape, dtype, device, buckets: [])
     monkeypatch.setattr(search, "up_tiles", lambda dtype, rows, columns: UPS)
     monkeypatch.setattr(search, "down_tiles", lambda dtype, rows, columns: DOWNS)
     return kind
@@ -97,6 +102,25 @@ def test_the_fastest_of_up_and_of_down_is_kept(tmp_path, clock):
     assert table.plans == {n: Plan("tiles", UPS[2], down) for n in (1, 8)}, "64 columns, and 4 warps rather than 8"
     least = 1e3 * (1 / 1000 + 4 / 1e6)
     assert table.times[8] == pytest.approx((1e3 / up.block_n + least, 1e3 / 64 + least, 1.0), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_every_tile_is_compiled_before_it_is_timed(dtype, monkeypatch, hopper):
+    """For a card that is not there. One of the tiles does not compile, which stops no other."""
+    ups = [Tile(16, 64, k, 4, 2) for k in (64, 128)]
+    downs = [Tile(16, 64, k, 4, 3) for k in (64, 128, 48, 256)]  # 48 is no power of two
+    monkeypatch.setattr(search, "built_in_tiles", lambda dtype, rows: (ups[0], downs[0]))
+    monkeypatch.setattr(search, "up_tiles", lambda dtype, rows, columns: ups)
+    monkeypatch.setattr(search, "down_tiles", lambda dtype, rows, columns: downs)
+    kernels = (_up_kernel, _down_kernel) if dtype == torch.bfloat16 else (_up_fp8_kernel, _down_fp8_kernel)
+
+    works = moe.launches(Shape(4, 2, 256, 128), dtype, torch.device("cpu"), [1, 8])
+    assert compile_all(works) >= 5
+    found = [list(kernel.device_caches[hopper][0].values()) for kernel in kernels]
+    assert [sum(isinstance(one, CompiledKernel) for one in each) for each in found] == [2, 3]
+    for kernel in kernels:
+        kernel.device_caches.pop(hopper)
+    assert compile_all(works) == 0, "on disk for the process that times them"
 
 
 def test_what_fails_is_never_taken(tmp_path, clock):

@@ -20,22 +20,18 @@ MOST = 16  # threads; more would wait for the lock
 def compile_ahead(works: Sequence[Callable[[], object]]) -> None:
     """Have the kernels of all works, unless those of the first and the last are on disk: then the others' are too,
     and walking through them all would take longer than it saves.
+    """
+    if compile_all([works[0], works[-1]]):
+        compile_all(works[1:-1])
+
+
+def compile_all(works: Sequence[Callable[[], object]]) -> int:
+    """How many kernels were not on disk.
 
     A work is done without launching a Triton kernel. What PyTorch launches runs, on memory that nobody wrote. A
-    kernel that does not compile says so when it is launched. Where a work cannot be done so, the others are left,
-    for launching compiles as well.
+    kernel that does not compile says so when it is launched. Where a work cannot be done so, the others are left
+    and none is counted, for launching compiles as well.
     """
-    try:
-        if _compile([works[0], works[-1]]):
-            _compile(works[1:-1])
-    except Exception as error:
-        warnings.warn(
-            f"kernels are compiled one by one, since walking through them failed: {error!r}", stacklevel=2
-        )
-
-
-def _compile(works: Sequence[Callable[[], object]]) -> int:
-    """How many kernels were not on disk."""
     new = []
 
     def listen(*, cache_hit: bool, **_) -> None:
@@ -51,6 +47,11 @@ def _compile(works: Sequence[Callable[[], object]]) -> int:
         ):
             for work in works:
                 work()
+    except Exception as error:
+        warnings.warn(
+            f"kernels are compiled one by one, since walking through them failed: {error!r}", stacklevel=2
+        )
+        return 0
     finally:
         knobs.compilation.listener = before
     return len(new)

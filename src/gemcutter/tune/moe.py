@@ -1,5 +1,6 @@
 """From measurements to a table of the experts' plans: what is left of a tuning, then the choice, then the file."""
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -9,8 +10,10 @@ import triton
 
 import gemcutter
 from gemcutter.bench.roof import measure_roof
+from gemcutter.ops.expert_slots import expert_slots
 from gemcutter.ops.experts_table import Plan, Shape, Table, read_table, write_table
-from gemcutter.tune.ahead import compile_ahead
+from gemcutter.ops.quantize_fp8 import Quantized
+from gemcutter.run.ahead import compile_all
 from gemcutter.tune.clock import Clock
 from gemcutter.tune.record import part_path, read_part, write_part
 from gemcutter.tune.search import decide, search, settle, tiles
@@ -34,7 +37,9 @@ def tune_moe(shape: Shape, dtype: str, device: str, out: Path, buckets: Sequence
     left = [tokens for tokens in buckets if tokens not in found]
     kind, where = getattr(torch, dtype), torch.device("cuda", torch.cuda.current_device())
     if left:
-        _compile(shape, kind, left, task)
+        compiled = task("compile", 1)
+        compile_all(launches(shape, kind, where, left))  # else they are compiled one by one, as they are timed
+        compiled()
     clock = Clock(shape, kind, where, measure_roof(where, kind))
     measured = task("measure", sum(len(each) for tokens in left for each in tiles(kind, shape, tokens)))
     for tokens in left:
@@ -63,8 +68,22 @@ def _others(out: Path, device: str, dtype: str, shape: Shape, buckets: Sequence[
     return table if table.plans.keys() - set(buckets) else None
 
 
-def _compile(shape: Shape, dtype: torch.dtype, buckets: Sequence[int], task: Task) -> None:
+def launches(
+    shape: Shape, dtype: torch.dtype, device: torch.device, buckets: Sequence[int]
+) -> list[Callable[[], torch.Tensor]]:
+    """What launches every tile that the buckets' search will time, on one token."""
     pairs = [tiles(dtype, shape, tokens) for tokens in buckets]
     ups, downs = (list(dict.fromkeys(tile for pair in pairs for tile in pair[i])) for i in (0, 1))
     plans = [Plan("tiles", up or ups[0], down or downs[0]) for up, down in zip_longest(ups, downs)]
-    compile_ahead(shape, dtype, plans, task("compile", len(plans)))
+    e, k, h, n = shape
+    x, gate_up, down = (_zeros(dtype, device, *dims) for dims in ((1, h), (e, 2 * n, h), (e, h, n)))
+    ids = torch.zeros(1, k, dtype=torch.int64, device=device)
+    return [functools.partial(expert_slots, plan, x, ids, gate_up, down, settled=True) for plan in plans]
+
+
+def _zeros(dtype: torch.dtype, device: torch.device, *dims: int) -> torch.Tensor | Quantized:
+    """One matrix for all experts."""
+    zeros = torch.zeros(dims[-2:], dtype=dtype, device=device).expand(dims)
+    if dtype != torch.float8_e4m3fn:
+        return zeros
+    return Quantized(zeros, torch.ones(*dims[:-1], 1, device=device))
