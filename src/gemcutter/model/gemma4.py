@@ -1,7 +1,7 @@
 """Gemma 4 as the engine runs it: many sequences in one flat batch, K/V in pages, fusion behind op names.
 
 Stage by stage the mathematics of `model/plain.py`, which says what each step means and where HF rounds. The last
-stage of a layer, its scale, is the layer seam's.
+stage of a layer, its scale, is that of the seam which ends it.
 Shapes: T tokens of all sequences, S sequences, R sampled rows, H hidden, P per-layer embedding width, V vocab.
 """
 

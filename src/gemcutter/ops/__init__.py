@@ -1,6 +1,7 @@
-"""The ops of a Gemma 4 layer, each usable alone: `from gemcutter.ops import rms_norm`.
+"""The ops of Gemma 4's layers and GLM's, each usable alone: `from gemcutter.ops import rms_norm`.
 
-Every one has the bits of its plain PyTorch reference in the file of its name, which also says shapes and sources.
+The file of its name has its plain PyTorch reference, and says shapes and sources; but for matrix products and
+attention, kernels have the reference's bits.
 On Hopper their kernels are chained (`chain.py`): what is passed as a model's weight may be no result of one of
 them, unless an operation of PyTorch's came after it. (The routing weights that `experts` takes are data, and may.)
 """
