@@ -43,6 +43,7 @@ PARTS = {
     "attend_decode_hopper": Part.ATTENTION,
     "attend_prefill": Part.ATTENTION,
     "attend_prefill_hopper": Part.ATTENTION,
+    "widen_pages": Part.ATTENTION,
     "logits": Part.HEAD,
     "softcap": Part.HEAD,
     "rms_norm": Part.NORMS,
