@@ -261,7 +261,7 @@ def test_floors_of_what_is_quantised_on_load(capsys):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--batch-size", "0"], "must be 1 or more, got 0"),
+        (["--batch-size", "0"], "must be a whole number, 1 or more, got 0"),
         (["--output-len", "1"], "output length must be 2 or more"),
         (["--input-len", "5000"], "the context holds 4096"),
         (["--batch-size", "4", "--max-running-requests", "3"], "over --max-running-requests 3"),

@@ -95,7 +95,7 @@ def test_times_are_shown_beside_the_built_in_ones_and_the_floor(card, capsys):
         (["carat", *SIZES], "name a checkpoint, or give all"),
         (["/nowhere"], "/nowhere"),
         ([*SIZES[:3], "129", *SIZES[4:]], "--top-k is 129, of 128 experts"),
-        ([*SIZES, "--buckets", "0"], "must be a number from 1 on, got 0"),
+        ([*SIZES, "--buckets", "0"], "must be a whole number, 1 or more, got 0"),
         ([*SIZES, "--buckets"], "expected at least one argument"),
         ([*SIZES, "--dtype", "float32"], "invalid choice"),
         (["--list", *SIZES], "--list shows all tables"),

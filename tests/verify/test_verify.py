@@ -180,7 +180,7 @@ def test_fma_rounds_once():
         (["--op", "no_op"], "no op 'no_op'"),
         (["--shape", "no such model"], "holds 'no such model'"),
         (["--rows", "-1"], "0 or more"),
-        (["--rows", "x"], "number of rows"),
+        (["--rows", "x"], "whole number"),
         (["--compile", "--op", "embed"], "leave out"),
     ],
 )

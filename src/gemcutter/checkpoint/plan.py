@@ -9,13 +9,12 @@ import torch
 from gemcutter.checkpoint.config import read_quantization
 from gemcutter.checkpoint.files import CheckpointError, shards
 from gemcutter.checkpoint.linears import HEAD, ExpertNames, held_in_fp8, linears, schemes_of
-from gemcutter.checkpoint.quantization import STATIC, Scheme
+from gemcutter.checkpoint.quantization import ONE_SCALE, STATIC, Scheme
 from gemcutter.checkpoint.stored import FP8, STORED_AS, Stored, find_experts, find_prefix, read_headers
 from gemcutter.checkpoint.table import empty_weights, is_ignored, pieces
 from gemcutter.spec import Family, ModelSpec
 
 SCALE_DTYPES = ("BF16", "F16", "F32")
-ONE_SCALE = ((), (1,), (1, 1))
 MAX_LISTED = 20  # problems named in one error
 
 

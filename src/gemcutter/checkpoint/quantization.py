@@ -20,6 +20,7 @@ ARGUMENTS = {
 }  # fmt: skip
 PER_TOKEN = "per token"
 STATIC = "per tensor, static"
+ONE_SCALE = ((), (1,), (1, 1))  # shapes in which exporters store it
 CLASSES = ("Linear", "LinearBase")  # PyTorch's class, and vLLM's name for it
 
 
@@ -40,7 +41,7 @@ class Scheme:
         """Shapes in which the scale of a weight [rows, columns] may be stored."""
         if self.block is not None:
             return ((-(-rows // self.block[0]), -(-columns // self.block[1])),)
-        return ((), (1,), (1, 1)) if self.weights == "tensor" else ((rows, 1), (rows,))
+        return ONE_SCALE if self.weights == "tensor" else ((rows, 1), (rows,))
 
     def __str__(self) -> str:
         weights = "blocks of {} x {}".format(*self.block) if self.block else self.weights

@@ -27,6 +27,7 @@ from gemcutter.checkpoint.plan import Plan, read_plan
 from gemcutter.checkpoint.quantization import Quantization, parse_quantization
 from gemcutter.checkpoint.scales import read_scales
 from gemcutter.checkpoint.stored import opened
+from gemcutter.checkpoint.table import unused_kv
 from gemcutter.ops.quantize_fp8 import Quantized
 
 # As published checkpoints have it: what is looked up, chooses experts, or belongs to other modalities.
@@ -35,7 +36,6 @@ IGNORE = (
     "re:.*audio_tower.*",
 )  # fmt: skip
 BEGUN = "quantize.json"  # what a run was begun with
-UNUSED = tuple(f"self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", INDEX, "*.bin.index.json")
 
 
@@ -136,13 +136,11 @@ def _files(plan: Plan) -> list[list[str]]:
     another engine would look for their scales in vain.
     """
     of_layer: dict[int, list[str]] = defaultdict(list)
-    layers = {f"{plan.prefix}layers.{layer.index}.": layer for layer in plan.spec.layers}
+    layers = {f"{plan.prefix}layers.{layer.index}.": layer.index for layer in plan.spec.layers}
+    unused = unused_kv(plan.spec, plan.prefix)
     for name in plan.found:
-        begin = next((begin for begin in layers if name.startswith(begin)), None)
-        layer = layers.get(begin)
-        unused = layer is not None and not layer.owns_kv and name.removeprefix(begin) in UNUSED
-        if not unused:
-            of_layer[-1 if layer is None else layer.index].append(name)
+        if name not in unused:
+            of_layer[next((index for begin, index in layers.items() if name.startswith(begin)), -1)].append(name)
     return [of_layer[index] for index in sorted(of_layer)]
 
 

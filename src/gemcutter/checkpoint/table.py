@@ -185,12 +185,17 @@ def is_ignored(spec: ModelSpec, prefix: str) -> Callable[[str], bool]:
     """
     if spec.family is Family.GLM4_MOE:
         return lambda name: name.startswith(f"{prefix}layers.{len(spec.layers)}.")
-    unused_kv = {
+    unused = unused_kv(spec, prefix)
+    unused |= {name.replace("_proj.weight", f"_proj.{scale}") for name in unused for scale in SCALES}
+    towers = OTHER_MODALITIES if prefix == NESTED else ()
+    return lambda name: name in unused or name.startswith(towers)
+
+
+def unused_kv(spec: ModelSpec, prefix: str) -> set[str]:
+    """Weights of the K/V that layers would make which read another layer's."""
+    return {
         f"{prefix}layers.{layer.index}.self_attn.{module}.weight"
         for layer in spec.layers
         if not layer.owns_kv
         for module in ("k_proj", "v_proj", "k_norm", "v_norm")
     }
-    unused_kv |= {name.replace("_proj.weight", f"_proj.{scale}") for name in unused_kv for scale in SCALES}
-    towers = OTHER_MODALITIES if prefix == NESTED else ()
-    return lambda name: name in unused_kv or name.startswith(towers)

@@ -16,16 +16,18 @@ from rich.table import Table
 
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
-from gemcutter.cli.flags import Parser, add_config, add_model, blame_user, read_config
+from gemcutter.cli.flags import Parser, add_config, add_model, blame_user, read_config, whole
 from gemcutter.cli.table import show, table_of
 from gemcutter.model.cost import DTYPE_BYTES
 
 
 def add_arguments(parser: Parser) -> None:
     add_model(parser)
-    parser.add_argument("--batch-size", type=_count, default=1, metavar="INT", help="requests at once (default: 1)")
-    parser.add_argument("--input-len", type=_count, default=1024, metavar="INT", help="of each (default: 1024)")
-    parser.add_argument("--output-len", type=_count, default=64, metavar="INT", help="of each (default: 64)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=1, metavar="INT", help="requests at once (default: 1)"
+    )
+    parser.add_argument("--input-len", type=whole(1), default=1024, metavar="INT", help="of each (default: 1024)")
+    parser.add_argument("--output-len", type=whole(1), default=64, metavar="INT", help="of each (default: 64)")
     add_config(parser, "engine")
 
 
@@ -105,12 +107,6 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(result), flush=True)
     return 0
-
-
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
 
 
 def _table(one) -> Table:

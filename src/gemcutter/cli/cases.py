@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gemcutter.cli.flags import Parser
+from gemcutter.cli.flags import Parser, whole
 
 if TYPE_CHECKING:  # it imports PyTorch, for which no --help should wait
     from gemcutter.verify.case import Case
@@ -12,16 +12,14 @@ if TYPE_CHECKING:  # it imports PyTorch, for which no --help should wait
 
 def add_case_flags(parser: Parser, least: int) -> None:
     """least: rows that can be asked for."""
-
-    def count(text: str) -> int:
-        if text.isdecimal() and int(text) >= least:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a number of rows, {least} or more, got {text}")
-
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op; may be given again")
     parser.add_argument("--shape", metavar="TEXT", help="only shapes whose name holds this, such as 26B-A4B")
     parser.add_argument(
-        "--rows", action="append", type=count, metavar="N", help="only this number of rows; may be given again"
+        "--rows",
+        action="append",
+        type=whole(least),
+        metavar="N",
+        help="only this number of rows; may be given again",
     )
 
 

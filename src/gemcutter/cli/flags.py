@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from gemcutter.config import EngineConfig
 from gemcutter.params import SamplingParams
@@ -42,6 +42,17 @@ def blame_user(parser: Parser) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         parser.error(str(error) or type(error).__name__)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers, `least` or more."""
+
+    def read(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, got {text}")
+
+    return read
 
 
 def add_model(parser: Parser) -> None:

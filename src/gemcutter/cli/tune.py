@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.files import locate
-from gemcutter.cli.flags import Parser, blame_user
+from gemcutter.cli.flags import Parser, blame_user, whole
 from gemcutter.cli.table import show, table_of
 from gemcutter.spec import ModelSpec
 
@@ -42,10 +42,10 @@ def add_arguments(parser: Parser) -> None:
         "model", nargs="?", help="folder or hub id of a checkpoint with experts; or give the four sizes"
     )
     for name, says in SIZES.items():
-        moe.add_argument("--" + name.replace("_", "-"), type=_count, metavar="N", help=says)
+        moe.add_argument("--" + name.replace("_", "-"), type=whole(1), metavar="N", help=says)
     moe.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's, else bfloat16)")
     moe.add_argument(
-        "--buckets", type=_count, nargs="+", metavar="TOKENS",
+        "--buckets", type=whole(1), nargs="+", metavar="TOKENS",
         help="only these numbers of tokens; others that the table has stay (default: 1 2 4 … 8192)",
     )  # fmt: skip
     moe.add_argument(
@@ -53,12 +53,6 @@ def add_arguments(parser: Parser) -> None:
     )
     moe.add_argument("--list", action="store_true", help="show the tables that are there, and run nothing")
     moe.set_defaults(parser=moe)
-
-
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a number from 1 on, got {text}")
 
 
 def run(args: argparse.Namespace) -> int:
