@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.experts_stream_rows import place_one_quantized, place_quantized_rows, place_rows
 from gemcutter.ops.linear_fp8 import dtype_of
-from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma, stage_barriers
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 
 MOST_STREAMED = 16  # tokens; with 32, whose rows of x fill shared memory, 424 µs against 317 for Triton's tiles
@@ -77,10 +77,7 @@ def _up_stream_kernel(
     out_dtype: gl.constexpr = out_ptr.dtype.element_ty
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, 2 * COLS, BLOCK_K], weight_desc.layout)
     x_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BYTES: gl.constexpr = (2 * COLS + BLOCK_T) * BLOCK_K * bits // 8
     for stage in gl.static_range(STAGES):
@@ -170,10 +167,7 @@ def _down_stream_kernel(
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_T, BLOCK_K], dtype)
     x_tiles = gl.allocate_shared_memory(dtype, [STEPS, BLOCK_T, BLOCK_K], x_layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         if stage < STEPS:
             mbarrier.expect(ready.index(stage), BYTES)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate, barrier, view
-from gemcutter.ops.linear_hopper import PROCESSORS, descriptor, load_tile, loads_by_tma
+from gemcutter.ops.linear_hopper import PROCESSORS, descriptor, load_tile, loads_by_tma, stage_barriers
 from gemcutter.ops.row_stream_hopper import SHARED
 
 MOST_TOKENS = 16
@@ -158,10 +158,7 @@ def _gate_up_fp8_kernel(
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([X_ROWS, BLOCK_K], desc.dtype)
     stages = gl.allocate_shared_memory(desc.dtype, [STAGES, 2 * HALF, BLOCK_K], desc.layout)
     tiles = gl.allocate_shared_memory(desc.dtype, [TILES, X_ROWS, BLOCK_K], x_layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     program = gl.program_id(0)
     if program >= ROUTERS:
         _gate_up(

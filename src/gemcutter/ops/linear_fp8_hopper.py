@@ -13,10 +13,10 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import descriptor, loads_by_tma
+from gemcutter.ops.linear_hopper import descriptor, loads_by_tma, stage_barriers
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_line, put_row, put_step
 from gemcutter.ops.row_stream_hopper import (
     COLUMNS,
@@ -43,10 +43,7 @@ def _row_kernel(
     X: gl.constexpr = RING * CHUNKS * 128 if LONG else (K + PART - 1) // PART * PART
     x_chunks = chunks(desc.dtype, X // 128, 8)
     tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         ask(desc, tiles, ready, stage, first, CHUNKS)
     gdc_wait()

@@ -29,6 +29,16 @@ _KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e
 
 
 @gluon.jit
+def stage_barriers(STAGES: gl.constexpr):
+    """One for each stage of a ring, that waits for what TMA brings there; TMA's unit sees them from now on."""
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    return ready
+
+
+@gluon.jit
 def _stream_kernel(
     weight_desc, x_desc, weight_scale_ptr, scale_ptr, bias_ptr, out_ptr, tokens, N: gl.constexpr, K: gl.constexpr,
     ROWS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
@@ -38,10 +48,7 @@ def _stream_kernel(
     dtype: gl.constexpr = weight_desc.dtype
     w_stages = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], weight_desc.layout)
     x_stages = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_K], x_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
 
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BITS: gl.constexpr = dtype.primitive_bitwidth

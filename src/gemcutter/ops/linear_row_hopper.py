@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import PROCESSORS, loads_by_tma
+from gemcutter.ops.linear_hopper import PROCESSORS, loads_by_tma, stage_barriers
 from gemcutter.ops.row_hopper import PART, load_row, ring, view, window
 from gemcutter.ops.row_stream_hopper import ask, barrier, together
 
@@ -45,10 +45,7 @@ def _linear_row_kernel(
     first = gl.program_id(0) * ROWS
     halves = gl.allocate_shared_memory(dtype, [HALVES * PART // 64, 8, 64], _TILE)
     tiles = ring(dtype, STAGES * CHUNKS, ROWS)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     for stage in gl.static_range(STAGES):
         ask(desc, tiles, ready, stage, first, CHUNKS)
     gdc_wait()

@@ -10,12 +10,12 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.attention_seam import router_rows
 from gemcutter.ops.gate_up_hopper import activate
-from gemcutter.ops.linear_hopper import descriptor
+from gemcutter.ops.linear_hopper import descriptor, stage_barriers
 from gemcutter.ops.row import added, norm_factor, normed
 from gemcutter.ops.row_fp8 import pointers
 from gemcutter.ops.row_hopper import (
@@ -67,10 +67,7 @@ def _seam_gate_up_kernel(
     CHUNKS: gl.constexpr = COLUMNS * BYTES // 128
     tiles = chunks(desc.dtype, STAGES * CHUNKS, 64)
     x_chunks, router_tiles = chunks_of(x_all, desc.dtype), chunks_of(tiles, dtype)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     _ask_between(desc, router_desc, is_router, tiles, router_tiles, ready, first, 0, EARLY, CHUNKS)
     post = load_row(post_ptr, H)
     if E > 0:

@@ -8,10 +8,11 @@ chain: 26B-A4B 70.2 µs for 72.1 with the ops one by one; E4B, whose layers have
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate
+from gemcutter.ops.linear_hopper import stage_barriers
 from gemcutter.ops.row import added, norm_factor, norm_factors, normed
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, ring, store_row
 from gemcutter.ops.row_stream_hopper import (
@@ -62,10 +63,7 @@ def _seam_linear_kernel(
     x_chunks = chunks(desc.dtype, (H + PART - 1) // PART * (PART * BYTES // 128), 8)
     CHUNKS: gl.constexpr = COLUMNS * BYTES // 128
     tiles = ring(desc.dtype, STAGES * CHUNKS, ROWS)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
+    ready = stage_barriers(STAGES)
     for stage in gl.static_range(EARLY):
         ask(desc, tiles, ready, stage, first, CHUNKS)
     post = load_row(post_ptr, H)
