@@ -1,5 +1,6 @@
 """Drive an engine by hand in tests: submit, step until done, collect."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from gemcutter.engine import Engine
@@ -17,7 +18,7 @@ class Outcome:
 
 def request(id: str, prompt_ids: list[int], seed: int = 0, stop_ids=(), **params) -> Request:
     params = resolve(SamplingParams(**{"temperature": 0.0, **params}), {})
-    return Request(id=id, prompt_ids=prompt_ids, params=params, stop_ids=frozenset(stop_ids), seed=seed)
+    return Request(id=id, prompt_ids=array("i", prompt_ids), params=params, stop_ids=frozenset(stop_ids), seed=seed)
 
 
 def collect(engine: Engine, outcomes: dict[str, Outcome]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from gemcutter.cache.budget import size_cache
@@ -130,10 +131,10 @@ class Engine:
         Raises:
             ValueError: it can never run.
         """
-        vocab = self.spec.vocab  # looked up for every id, it took 0.3 ms for 1024 of them
-        outside = [id for id in request.prompt_ids if not 0 <= id < vocab]
-        if outside:
-            raise ValueError(f"token ids {outside[:5]} are not in the vocabulary of {vocab}")
+        ids = np.asarray(request.prompt_ids)
+        outside = ids[(ids < 0) | (ids >= self.spec.vocab)]
+        if len(outside):
+            raise ValueError(f"token ids {outside[:5].tolist()} are not in the vocabulary of {self.spec.vocab}")
         self._scheduler.add(request)
 
     def abort(self, id: str) -> None:

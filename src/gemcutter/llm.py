@@ -162,7 +162,7 @@ class LLM:
             id = str(next(self._numbers))
             requests = self._intake.requests(prompt, one, id, clip=True)
             answers = [CompletionOutput(index) for index in range(len(requests))]
-            outputs.append((RequestOutput(id, text, requests[0].prompt_ids, answers), requests))
+            outputs.append((RequestOutput(id, text, requests[0].prompt_ids.tolist(), answers), requests))
         return outputs
 
     def _finish(self, outputs: list[tuple[RequestOutput, list[Request]]], progress: bool) -> list[RequestOutput]:

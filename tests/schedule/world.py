@@ -27,7 +27,7 @@ def next_token(tokens: list[int], seed: int) -> int:
 
 def request(id: str, prompt: list[int], max_tokens: int | None = 4, seed: int = 0, stop_ids=(STOP,)) -> Request:
     params = SamplingParams(max_tokens=max_tokens)
-    return Request(id=id, prompt_ids=prompt, params=params, stop_ids=frozenset(stop_ids), seed=seed)
+    return Request(id=id, prompt_ids=array("i", prompt), params=params, stop_ids=frozenset(stop_ids), seed=seed)
 
 
 def expected(item: Request, context: int) -> tuple[list[int], str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from array import array
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_tokens_behind_a_stop_string_are_not_counted(size):
     ids = tokenizer.encode("one two three four", add_special_tokens=False)
     kept = next(n for n in range(len(ids)) if "three" in tokenizer.decode(ids[:n]))
     params = SamplingParams(stop=("three",), max_tokens=50)
-    request = Request(id="r", prompt_ids=[2, 600], params=params, stop_ids=frozenset(), seed=0)
+    request = Request(id="r", prompt_ids=array("i", [2, 600]), params=params, stop_ids=frozenset(), seed=0)
 
     async def run() -> tuple[Answer, Bridge, Metrics, list]:
         bridge, metrics = Bridge(), Metrics()

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -67,7 +68,7 @@ class Driver:
         vocab = self._engine.spec.vocab
         ids = []
         for _ in range(self._batch_size):
-            prompt = self._rng.integers(vocab // 256, vocab, self._input_len).tolist()
+            prompt = array("i", self._rng.integers(vocab // 256, vocab, self._input_len).tolist())
             ids.append(str(self._count))
             self._count += 1
             self._engine.submit(Request(id=ids[-1], prompt_ids=prompt, params=params, stop_ids=frozenset(), seed=0))

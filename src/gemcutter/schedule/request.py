@@ -1,5 +1,7 @@
 """Request and Update: what goes into the engine and what comes out, token ids only."""
 
+from array import array
+
 import msgspec
 
 from gemcutter.params import SamplingParams
@@ -9,7 +11,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. `params` is resolved: no None where the checkpoint decides; n is 1 here."""
 
     id: str
-    prompt_ids: list[int]
+    prompt_ids: array  # of C ints
     params: SamplingParams
     stop_ids: frozenset[int]  # that end the text: the checkpoint's eos list unless ignored, and the user's
     seed: int

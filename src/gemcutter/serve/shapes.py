@@ -73,7 +73,7 @@ class CompletionShape(Shape):
         self._offsets: dict[int, int] = {}  # by choice: where its next token's text begins
 
     def _whole_choice(self, index: int, parts: list[Part]) -> dict:
-        prompt = {"prompt_token_ids": parts[0].choice.request.prompt_ids} if self._token_ids else {}
+        prompt = {"prompt_token_ids": parts[0].choice.request.prompt_ids.tolist()} if self._token_ids else {}
         return {
             "index": index,
             "text": "".join(part.delta.text for part in parts),

@@ -1,8 +1,11 @@
 """Intake: a prompt and its SamplingParams to requests the engine can run, or an error that says why not."""
 
+import contextlib
 import random
+from array import array
 
 import msgspec
+import numpy as np
 
 from gemcutter.params import SamplingParams, resolve
 from gemcutter.schedule.request import Request
@@ -58,7 +61,7 @@ class Intake:
             for choice in range(params.n)
         ]
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
+    def encode(self, prompt: str | list[int]) -> array:
         """Token ids of a prompt, all of them known to the model, and short enough to leave room for one more."""
         if isinstance(prompt, str):
             if self._tokenizer is None:
@@ -72,10 +75,13 @@ class Intake:
                 "answer together; shorten the prompt or start with a larger context_length"
             )
         # The whole list at once: a loop in Python over a long prompt would take longer than its tokenizing.
-        if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= self._vocab:
-            for token in prompt:
-                self._check_id("the prompt", token)
-        return list(prompt)
+        with contextlib.suppress(msgspec.ValidationError, OverflowError):
+            ids = array("i", msgspec.convert(prompt, list[int]))
+            if np.min(ids) >= 0 and np.max(ids) < self._vocab:
+                return ids
+        for token in prompt:
+            self._check_id("the prompt", token)
+        return array("i", prompt)
 
     def _resolved(self, params: SamplingParams, prompt_tokens: int, clip: bool) -> SamplingParams:
         room = self._context_length - prompt_tokens
