@@ -50,6 +50,7 @@ class Runner:
     """Builds the batch, runs the model eagerly or by graph, samples.
 
     On a GPU nothing waits here: `forward` and `draw` launch, in that order for every step, and `Flight.read` waits.
+    What `forward` can do is done when the tokens of the step before come, and these are not held up by it.
     The tokens of the latest step stay on the device, where the next one finds them.
     """
 
@@ -68,38 +69,43 @@ class Runner:
         self._graphs = graphs
         self._suppressed = suppressed
         self._suppress = [] if suppressed is None else suppressed.tolist()
-        on_gpu = builder.drawn.is_cuda
-        self._told = torch.empty(len(builder.drawn), dtype=torch.int64, pin_memory=on_gpu)
-        self._done = torch.cuda.Event() if on_gpu else None
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Flight:
-        """Launch a step up to its logits. Tokens that the step before drew need not have been read."""
+        """Launch a step: all of it where only the likeliest tokens are wanted, else up to its logits. Tokens that
+        the step before drew need not have been read.
+        """
         bucket = None if self._graphs is None else self._graphs.bucket(plan)
         if bucket is not None:
-            return Flight(plan, self._graphs.replay(plan, bucket), has_argmax=True)
-        return Flight(plan, self._model.forward(self._builder.build(plan), self._pool), has_argmax=False)
+            flight = Flight(plan, self._graphs.replay(plan, bucket), has_argmax=True)
+        else:
+            flight = Flight(plan, self._model.forward(self._builder.build(plan), self._pool), has_argmax=False)
+        if all([chunk.sequence.only_argmax for chunk in plan.samplers]):
+            drawn = self._builder.drawn[: len(plan.samplers)]
+            if len(drawn) and not flight.has_argmax:
+                argmax_into(drawn, flight.logits, self._suppressed)
+            told = torch.empty(len(drawn), dtype=torch.int64, pin_memory=drawn.is_cuda)
+            self._tell(flight, told.copy_(drawn, non_blocking=True))
+        return flight
 
     @torch.inference_mode()
     def draw(self, flight: Flight) -> None:
-        """Launch the rest. All tokens before those that are drawn must have been read: penalties count them, and on
-        the host these are written over them.
-        """
+        """Launch what `forward` left. The tokens before must have been read: penalties count them."""
+        if flight.token_ids is not None:
+            return
         samplers = flight.plan.samplers
-        logits, drawn = flight.logits[: len(samplers)], self._builder.drawn[: len(samplers)]
-        if all([chunk.sequence.only_argmax for chunk in samplers]):
-            if samplers and not flight.has_argmax:
-                argmax_into(drawn, logits, self._suppressed)
-            flight.token_ids = self._told[: len(samplers)].copy_(drawn, non_blocking=True)
-        else:
-            rows = [_sample_row(chunk.sequence) for chunk in samplers]
-            result = sample(logits, SampleBatch.build(rows, logits.shape[1], logits.device, self._suppress))
-            drawn.copy_(result.token_ids)
-            flight.result = result.to_host()
-            flight.token_ids = flight.result.token_ids
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(logits.device))
-            flight.done = self._done
+        rows, logits = [_sample_row(chunk.sequence) for chunk in samplers], flight.logits[: len(samplers)]
+        result = sample(logits, SampleBatch.build(rows, logits.shape[1], logits.device, self._suppress))
+        self._builder.drawn[: len(samplers)].copy_(result.token_ids)
+        flight.result = result.to_host()
+        self._tell(flight, flight.result.token_ids)
+
+    def _tell(self, flight: Flight, token_ids: torch.Tensor) -> None:
+        """They are on their way to the host, as the last work of the step."""
+        flight.token_ids = token_ids
+        if flight.logits.is_cuda:
+            flight.done = torch.cuda.Event()
+            flight.done.record(torch.cuda.current_stream(flight.logits.device))
 
 
 def _sample_row(sequence: Sequence) -> SampleRow:
