@@ -131,10 +131,10 @@ class Engine:
         Raises:
             ValueError: it can never run.
         """
-        ids = np.asarray(request.prompt_ids)
-        outside = ids[(ids < 0) | (ids >= self.spec.vocab)]
-        if len(outside):
-            raise ValueError(f"token ids {outside[:5].tolist()} are not in the vocabulary of {self.spec.vocab}")
+        vocab = self.spec.vocab
+        if np.frombuffer(request.prompt_ids, np.uint32).max(initial=0) >= vocab:  # negative ones are the largest
+            outside = [id for id in request.prompt_ids if not 0 <= id < vocab]
+            raise ValueError(f"token ids {outside[:5]} are not in the vocabulary of {vocab}")
         self._scheduler.add(request)
 
     def abort(self, id: str) -> None:

@@ -3,9 +3,9 @@
 import contextlib
 import random
 from array import array
+from typing import Annotated
 
 import msgspec
-import numpy as np
 
 from gemcutter.params import SamplingParams, resolve
 from gemcutter.schedule.request import Request
@@ -32,6 +32,7 @@ class Intake:
         """
         self._tokenizer = tokenizer
         self._vocab = vocab
+        self._known_ids = list[Annotated[int, msgspec.Meta(ge=0, lt=vocab)]]
         self._context_length = context_length
         self._defaults = generation_config
         self._eos = frozenset(_ids(generation_config.get("eos_token_id")))
@@ -75,10 +76,8 @@ class Intake:
                 "answer together; shorten the prompt or start with a larger context_length"
             )
         # The whole list at once: a loop in Python over a long prompt would take longer than its tokenizing.
-        with contextlib.suppress(msgspec.ValidationError, OverflowError):
-            ids = array("i", msgspec.convert(prompt, list[int]))
-            if np.min(ids) >= 0 and np.max(ids) < self._vocab:
-                return ids
+        with contextlib.suppress(msgspec.ValidationError):
+            return array("i", msgspec.convert(prompt, self._known_ids))
         for token in prompt:
             self._check_id("the prompt", token)
         return array("i", prompt)
