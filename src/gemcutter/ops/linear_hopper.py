@@ -7,6 +7,8 @@ token, the four linears of a layer in a chain: 31.5 µs, against 36.5 without th
 Triton kernel, 49.3 for cuBLAS and 23.9 for the bytes alone.
 """
 
+import functools
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -154,5 +156,9 @@ def stream_fp8_tile(tokens: int, columns: int) -> tuple[int, int, int]:
 
 def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """For loads of [rows, columns] blocks by TMA; what lies outside the matrix reads as zeros."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, _KINDS[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, block, layout)
+    return TensorDescriptor.from_tensor(matrix, block, _stage_layout(tuple(block), matrix.dtype))
+
+
+@functools.cache
+def _stage_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _KINDS[dtype])

@@ -20,6 +20,10 @@ class Bucket(NamedTuple):
         prompt_tokens = sum(chunk.stop - chunk.start for chunk in plan.prefills)
         return cls(len(plan.decodes), len(plan.prefills), prompt_tokens)
 
+    def with_prompt(self, tokens: int) -> "Bucket":
+        """Room for one prompt more, unless it has no tokens."""
+        return Bucket(self.decodes, self.prompts + 1, self.prompt_tokens + tokens) if tokens else self
+
     @property
     def rows(self) -> int:
         """Sequences."""
