@@ -9,16 +9,19 @@ BIN    := $(VENV)/bin
 # Without a GPU one pinned torch is enough and every other package accepts it; with one, the newest that fits.
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11,<2.14" || echo "torch==2.13.0")
 
+# Two processes, a file's tests in one of them; not where they would share a GPU's memory.
+WORKERS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-n 2 --dist loadfile")
+
 .PHONY: demo test test-all verify lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/gemcutter generate "A box holds 12 pencils. Mia buys 4 boxes and gives 15 pencils to Tom. How many pencils does she have left?"
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: $(VENV)/ready lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(WORKERS) -m ""
 
 verify: $(VENV)/ready
 	$(BIN)/gemcutter verify
