@@ -20,8 +20,8 @@ from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder
 from gemcutter.schedule.plan import Plan
 
-MOST_TOKENS = 2048
-PROMPT_TOKENS = (32, 64, 128, 256, 512, 768, 1024, 1536, MOST_TOKENS)
+MOST_TOKENS = 4096
+PROMPT_TOKENS = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, MOST_TOKENS)
 BESIDE = (0, 8, 32)  # rows of decoding beside prompts, and as many as there may be
 
 
