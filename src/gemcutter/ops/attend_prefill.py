@@ -12,7 +12,7 @@ import triton.language as tl
 from gemcutter.ops.attend_prefill_hopper import prefill
 from gemcutter.ops.load_pages import loads_pages
 from gemcutter.ops.online_softmax import FLOOR, fold
-from gemcutter.ops.widen_pages import sequences_together, widen_pages
+from gemcutter.ops.widen_pages import copied_pages, sequences_together, widen_pages
 
 
 @triton.jit
@@ -143,13 +143,14 @@ def launch_prefill(
     group = q.shape[1] // num_kv_heads
     assert head_dim & (head_dim - 1) == 0 and 32 <= head_dim <= 512, f"no kernel for head_dim {head_dim}"
     assert all(x.is_contiguous() for x in (q, k_cache, v_cache, pages, out)), "tensors must be dense"
-    together = num_seqs if kv_scales is None else sequences_together(max_kv_len)
+    copied = copied_pages(max_query_len, max_kv_len, window)
+    together = num_seqs if kv_scales is None else sequences_together(copied)
     for first in range(first_seq, len(kv_len), together):
         seqs = min(together, len(kv_len) - first)
         k, v, where = k_cache, v_cache, pages
         if kv_scales is not None:
             k, v, where = widen_pages(
-                k_cache, v_cache, kv_scales, query_start, kv_len, pages, first, seqs, max_query_len, max_kv_len,
+                k_cache, v_cache, kv_scales, query_start, kv_len, pages, first, seqs, copied, max_kv_len,
                 window, q.dtype,
             )  # fmt: skip
         if loads_pages(q, k, v):

@@ -11,7 +11,7 @@ import triton.language as tl
 from gemcutter.ops.kv_fp8 import kv_bytes, kv_load
 
 PAGE_SIZE = 64  # keys; one load by TMA brings a page
-TOGETHER = 32768  # keys of one copy, unless one sequence has more: 128 MiB in a full layer of 26B-A4B
+TOGETHER = 32768  # keys of one copy, unless one sequence has more: 256 MiB in a sliding layer of 26B-A4B, K and V
 
 
 @triton.jit(do_not_specialize=["first_seq", "max_pages", "copied", "columns"])
@@ -48,9 +48,15 @@ def _widen_kernel(
     tl.store(v_copy_ptr + at, v.to(dtype))
 
 
-def sequences_together(max_kv_len: int) -> int:
-    """How many may share a copy."""
-    return max(1, TOGETHER // max_kv_len)
+def copied_pages(max_query_len: int, max_kv_len: int, window: int | None) -> int:
+    """Of a sequence, at most: pages of the copy with keys that its queries see."""
+    seen = max_kv_len if window is None else min(max_kv_len, window - 1 + max_query_len + PAGE_SIZE)
+    return triton.cdiv(seen, PAGE_SIZE)
+
+
+def sequences_together(copied: int) -> int:
+    """How many may share a copy, with so many pages each."""
+    return max(1, TOGETHER // (copied * PAGE_SIZE))
 
 
 def widen_pages(
@@ -62,20 +68,19 @@ def widen_pages(
     pages: torch.Tensor,
     first_seq: int,
     num_seqs: int,
-    max_query_len: int,
+    copied: int,
     max_kv_len: int,
     window: int | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and page table of sequences first_seq : first_seq + num_seqs; other arguments as in `attend`.
+    """Keys, values and page table of sequences first_seq : first_seq + num_seqs, each with `copied` pages at most;
+    other arguments as in `attend`.
 
     Returns:
         Two copies [pages, num_kv_heads, PAGE_SIZE, D] of dtype, exact, and [S, columns] int32: where in them lie
         the pages of those sequences with keys that a query sees. Other keys of such a page are finite.
     """
     page_size, head_dim = k_cache.shape[2:]
-    seen = max_kv_len if window is None else min(max_kv_len, window - 1 + max_query_len + PAGE_SIZE)
-    copied = triton.cdiv(seen, PAGE_SIZE)  # pages of a sequence
     shape = (num_seqs * copied, k_cache.shape[1], PAGE_SIZE, head_dim)
     k, v = (torch.empty(shape, dtype=dtype, device=k_cache.device) for _ in range(2))
     table = torch.empty(len(kv_len), triton.cdiv(max_kv_len, PAGE_SIZE), dtype=torch.int32, device=k_cache.device)
