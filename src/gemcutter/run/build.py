@@ -9,9 +9,7 @@ from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.parts import Parts, Shape, rounded
 from gemcutter.schedule.plan import Plan
 
-TOGETHER = (
-    16  # rows: of another number cuBLASLt's products in FP8 want a copy, 1.4 of 73 ms for 8192 tokens of 26B-A4B
-)
+MULTIPLE = 16  # rows: others cuBLASLt's products in FP8 refuse, and copying them took 97 MB a layer for 8191 tokens
 
 
 class StepBuilder:
@@ -37,7 +35,7 @@ class StepBuilder:
         self._page_size = ledger.layout.page_size
         self._pin = device.type == "cuda"
         width = rounded(ledger.layout.num_pages(context_length))
-        tokens, rows = max_prompt_tokens + max_sequences + TOGETHER - 1, 2 * max_sequences + PROMPTS
+        tokens, rows = max_prompt_tokens + max_sequences + MULTIPLE - 1, 2 * max_sequences + PROMPTS
         most_drawn = max_sequences + PROMPTS  # by a padded step; others draw one a sequence
         self._begin = rounded(most_drawn)  # of what is sent
         room = self._begin + Shape(len(self._kinds), tokens, rows, rows, width).length
@@ -56,11 +54,11 @@ class StepBuilder:
 
     def build(self, plan: Plan) -> StepBatch:
         """The batch of `plan`, decodes first, which lives until the next is built. On a GPU a step with prompts is
-        filled up as in `build_padded`, to a multiple of TOGETHER.
+        filled up as in `build_padded`, to a multiple of MULTIPLE.
         """
         bucket, fill = Bucket.of(plan), 0
         if self._pin and plan.prefills:
-            fill = -bucket.tokens % TOGETHER
+            fill = -bucket.tokens % MULTIPLE
             bucket = bucket.with_prompt(fill)
         parts = self._send(plan, bucket, len(plan.samplers)).cut(self._sent, self._sent_narrow)
         torch.index_select(self._memory, 0, parts.source, out=self._token_ids[: len(parts.source)])

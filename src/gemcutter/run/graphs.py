@@ -1,8 +1,8 @@
 """StepGraphs: CUDA graphs of whole steps, from token ids to the likeliest next ones, one per bucket.
 
-The host takes some 25 ms to launch a step of 26B-A4B kernel by kernel, however few its tokens, and 0.02 ms as a
-graph. Beyond MOST_TOKENS of prompts the device takes longer than that, and the step runs eagerly, unless it is one
-whole chunk of a long prompt: there slow hosts took up to 51 ms, of the 73 that 8192 tokens in FP8 take the device.
+A host takes 25 ms, a slow one up to 88, to launch a step of 26B-A4B kernel by kernel, however few its tokens, and
+0.02 ms as a graph. Beyond MOST_TOKENS of prompts a step runs eagerly, for the device takes as long, or nearly (8192
+tokens in FP8 73 ms), unless it is one whole chunk of a long prompt, which nothing need fill up.
 """
 
 import functools
