@@ -12,7 +12,7 @@ from gemcutter.ops.experts_results import rows_layout_of
 from gemcutter.ops.experts_table import Plan
 from gemcutter.ops.experts_tiles import built_in_tiles
 from gemcutter.ops.experts_weave import weaves, woven
-from gemcutter.ops.linear_hopper import loads_by_tma
+from gemcutter.ops.hopper import loads_by_tma
 from gemcutter.ops.sort_by_expert import sort_by_expert
 
 

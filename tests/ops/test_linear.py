@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gemcutter.ops.hopper import loads_by_tma
 from gemcutter.ops.linear import (
     MOST_STREAMED,
     goes_to_library,
@@ -12,7 +13,6 @@ from gemcutter.ops.linear import (
     linear_reference,
     with_library_rows,
 )
-from gemcutter.ops.linear_hopper import loads_by_tma
 from gemcutter.ops.linear_row_hopper import streams_row
 from gemcutter.ops.row_blocks import linear_in_blocks
 

@@ -12,8 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gemcutter.ops.hopper import PROCESSORS, load_tile
 from gemcutter.ops.kv_fp8_hopper import apart, halves, keys_of
-from gemcutter.ops.linear_hopper import PROCESSORS, load_tile
 from gemcutter.ops.load_pages import as_words, boxes, pages_by_tma
 
 LOG2E = gl.constexpr(1.4426950408889634)

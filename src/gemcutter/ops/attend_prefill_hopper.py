@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, barrier, boxes, load_pages
+from gemcutter.ops.hopper import barrier
+from gemcutter.ops.load_pages import BOX, COLS, KEYS, LOADERS, boxes, load_pages
 from gemcutter.ops.online_softmax import FLOOR, LOG2E
 
 ROWS = gl.constexpr(64)  # a warpgroup, the M of one wgmma

@@ -28,8 +28,8 @@ from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.experts_loaders import load_rows, load_scattered_rows, tile_at
 from gemcutter.ops.experts_results import channel_scales, places, row_scales, rows_layout_of
 from gemcutter.ops.experts_weave import rows_of, unwoven, weaves, woven
+from gemcutter.ops.hopper import PROCESSORS, descriptor, loads_by_tma
 from gemcutter.ops.linear_fp8 import dtype_of
-from gemcutter.ops.linear_hopper import PROCESSORS, descriptor, loads_by_tma
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8_launch
 
 # One program an SM: 6 stages of 32 KiB. Half a tile of rows is a box of TMA, and what an expert's last tile may be.

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from gemcutter.ops.experts_weave import load_woven
-from gemcutter.ops.linear_hopper import load_tile
+from gemcutter.ops.hopper import load_tile
 
 # As with `load_tile`: 3.9 has it under the shorter name only.
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared

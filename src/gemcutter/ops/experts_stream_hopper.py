@@ -26,8 +26,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.activation import Activation, activate
 from gemcutter.ops.experts_stream_rows import place_one_quantized, place_quantized_rows, place_rows
+from gemcutter.ops.hopper import descriptor, load_tile, loads_by_tma, stage_barriers
 from gemcutter.ops.linear_fp8 import dtype_of
-from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma, stage_barriers
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
 
 MOST_STREAMED = 16  # tokens; with 32, whose rows of x fill shared memory, 424 µs against 317 for Triton's tiles

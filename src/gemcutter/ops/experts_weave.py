@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gemcutter.ops.linear_hopper import descriptor, load_tile
+from gemcutter.ops.hopper import descriptor, load_tile
 
 BLOCK = 32
 

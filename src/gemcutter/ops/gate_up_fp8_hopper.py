@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.gate_up_hopper import activate, barrier, view
-from gemcutter.ops.linear_hopper import PROCESSORS, descriptor, load_tile, loads_by_tma, stage_barriers
+from gemcutter.ops.gate_up_hopper import activate, view
+from gemcutter.ops.hopper import PROCESSORS, barrier, descriptor, load_tile, loads_by_tma, stage_barriers
 from gemcutter.ops.row_stream_hopper import SHARED
 
 MOST_TOKENS = 16

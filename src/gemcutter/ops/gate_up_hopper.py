@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.geglu import gelu_tanh
-from gemcutter.ops.linear_hopper import load_tile, loads_by_tma
+from gemcutter.ops.hopper import barrier, load_tile, loads_by_tma
 
 MOST_TOKENS = 16
 ROWS = 64  # of weights a program, half of them gate
@@ -34,7 +34,6 @@ WINDOWS = 3  # of x in shared memory
 SHARED = 226 * 1024  # bytes of a program; its barriers have the 227th KiB
 activate = gluon.jit(gelu_tanh.fn)
 # Triton 3.9 renamed these.
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 copy_tile = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 memory = gl.shared_memory_descriptor
 view = getattr(memory, "reinterpret", None) or memory._reinterpret

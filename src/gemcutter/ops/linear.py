@@ -19,9 +19,10 @@ import triton.language as tl
 
 from gemcutter.ops.arguments import check_matrix, check_weight
 from gemcutter.ops.chain import chained, join, release
+from gemcutter.ops.hopper import loads_by_tma
 from gemcutter.ops.library import define
 from gemcutter.ops.linear_fp8 import linear_fp8
-from gemcutter.ops.linear_hopper import ROWS, loads_by_tma, stream
+from gemcutter.ops.linear_hopper import ROWS, stream
 from gemcutter.ops.linear_row_hopper import stream_row, streams_row
 from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.ops.row_blocks import linear_in_blocks

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import descriptor, loads_by_tma, stage_barriers
+from gemcutter.ops.hopper import descriptor, loads_by_tma, stage_barriers
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_line, put_row, put_step
 from gemcutter.ops.row_stream_hopper import (
     COLUMNS,

@@ -7,37 +7,16 @@ token, the four linears of a layer in a chain: 31.5 µs, against 36.5 without th
 Triton kernel, 49.3 for cuBLAS and 23.9 for the bytes alone.
 """
 
-import functools
-
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gemcutter.ops.hopper import PROCESSORS, descriptor, load_tile, stage_barriers
+
 ROWS = 64  # of the weight a program, the M of one wgmma
-PROCESSORS = 132  # SMs of an H100 or H200
-# Triton 3.6 to 3.8 have it under the longer name, 3.9 only under the shorter.
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-
-
-@gluon.jit
-def stage_barriers(STAGES: gl.constexpr):
-    """One for each stage of a ring, that waits for what TMA brings there; TMA's unit sees them from now on."""
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-    fence_async_shared()
-    return ready
 
 
 @gluon.jit
@@ -98,17 +77,6 @@ def _stream_kernel(
     gl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[None, :] & (column < N)[:, None])
 
 
-def loads_by_tma(*matrices: torch.Tensor) -> bool:
-    """Whether kernels written for Hopper take these: there, of a kind above, rows at multiples of 16 bytes."""
-    first = matrices[0]
-    if first.dtype not in _KINDS or not first.is_cuda or torch.version.hip is not None:
-        return False
-    aligned = all(
-        matrix.stride(-2) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0 for matrix in matrices
-    )
-    return aligned and torch.cuda.get_device_capability(first.device) == (9, 0)
-
-
 def stream(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -152,13 +120,3 @@ def stream_fp8_tile(tokens: int, columns: int) -> tuple[int, int, int]:
     if tokens <= 64 or tiles * triton.cdiv(tokens, 64) <= PROCESSORS:
         return 64, 256, 6
     return (128, 256, 4) if tokens <= 128 else (128, 128, 8)
-
-
-def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """For loads of [rows, columns] blocks by TMA; what lies outside the matrix reads as zeros."""
-    return TensorDescriptor.from_tensor(matrix, block, _stage_layout(tuple(block), matrix.dtype))
-
-
-@functools.cache
-def _stage_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _KINDS[dtype])

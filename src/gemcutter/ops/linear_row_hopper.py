@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gemcutter.ops.linear_hopper import PROCESSORS, loads_by_tma, stage_barriers
+from gemcutter.ops.hopper import PROCESSORS, barrier, loads_by_tma, stage_barriers
 from gemcutter.ops.row_hopper import PART, load_row, ring, view, window
-from gemcutter.ops.row_stream_hopper import ask, barrier, together
+from gemcutter.ops.row_stream_hopper import ask, together
 
 CHUNKS = 4  # of 64 columns a step
 STAGED = 160 * 1024  # bytes of weights under way

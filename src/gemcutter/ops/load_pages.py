@@ -6,12 +6,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gemcutter.ops.linear_hopper import descriptor, load_tile, loads_by_tma
+from gemcutter.ops.hopper import descriptor, load_tile, loads_by_tma
 
 KEYS = gl.constexpr(64)  # a tile
 COLS = gl.constexpr(256)  # a stage, with 64 keys 32 KiB
 BOX = gl.constexpr(64)  # columns that one load brings: 128 bytes, the swizzle of shared memory
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the longer name, 3.9 the shorter
 LOADERS = gl.constexpr(2)  # warps that share a stage; with one a sliding layer of 8192 tokens takes 250 µs for 242
 
 

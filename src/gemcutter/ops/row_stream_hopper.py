@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gemcutter.ops.linear_hopper import PROCESSORS, load_tile, loads_by_tma
+from gemcutter.ops.hopper import PROCESSORS, barrier, load_tile, loads_by_tma
 from gemcutter.ops.load_order import after, mixed
 from gemcutter.ops.row_hopper import PART, put_step, view, window
 
@@ -30,7 +30,6 @@ SHARED = 226 * 1024  # bytes for x and the stages of weights
 EARLY, EARLY_FP8 = 1, 4
 WIDEST, WIDEST_FP8 = 3072, 5376  # rows that were measured; half as many bytes leave room for twice the columns
 RING = gl.constexpr(4)  # steps of a long row: two that are multiplied, and two to come
-barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit

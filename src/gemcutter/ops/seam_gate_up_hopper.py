@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.attention_seam import router_rows
 from gemcutter.ops.gate_up_hopper import activate
-from gemcutter.ops.linear_hopper import descriptor, stage_barriers
+from gemcutter.ops.hopper import descriptor, stage_barriers
 from gemcutter.ops.row import added, norm_factor, normed
 from gemcutter.ops.row_fp8 import pointers
 from gemcutter.ops.row_hopper import (

@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate
-from gemcutter.ops.linear_hopper import PROCESSORS, load_tile
+from gemcutter.ops.hopper import PROCESSORS, load_tile
 from gemcutter.ops.row import added, norm_factor, normed
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, ring, store_row, view, window
 from gemcutter.ops.row_stream_hopper import (

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gemcutter.ops.gate_up_hopper import activate
-from gemcutter.ops.linear_hopper import stage_barriers
+from gemcutter.ops.hopper import stage_barriers
 from gemcutter.ops.row import added, norm_factor, norm_factors, normed
 from gemcutter.ops.row_hopper import PART, chunks, load_row, put_row, ring, store_row
 from gemcutter.ops.row_stream_hopper import (
