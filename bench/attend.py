@@ -12,9 +12,9 @@ import torch
 from triton.testing import do_bench
 
 from gemcutter.batch import StepBatch
-from gemcutter.ops.attend import attend
-from gemcutter.ops.qkv_rope_store import QkvMode, qkv_rope_store
-from gemcutter.ops.rope import rope_table
+from gemcutter.ops.attention.attend import attend
+from gemcutter.ops.attention.qkv_rope_store import QkvMode, qkv_rope_store
+from gemcutter.ops.attention.rope import rope_table
 from gemcutter.spec import RopeSpec
 
 PEAK_BYTES = 4.8e12  # H200, per second

@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from gemcutter.ops.experts import experts, experts_reference
-from gemcutter.ops.experts_tiles import plan_for
-from gemcutter.ops.geglu import geglu
-from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.activations.geglu import geglu
+from gemcutter.ops.moe.experts import experts, experts_reference
+from gemcutter.ops.moe.experts_tiles import plan_for
+from gemcutter.ops.norms.rms_norm import rms_norm
 
 E, TOP_K, H, N = 128, 8, 2816, 704
 BYTES_PER_S, FLOPS_PER_S = 4.8e12, 989e12

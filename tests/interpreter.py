@@ -18,9 +18,9 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-def interpret(script: str) -> subprocess.CompletedProcess:
-    """The finished run, stdout and stderr as text. `script` is a file's path, or the name of one in tests/ops."""
-    path = HERE / "ops" / script
+def interpret(script: str | Path) -> subprocess.CompletedProcess:
+    """The finished run, stdout and stderr as text."""
+    path = Path(script)
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in (HERE.parent / "src", HERE, path.parent))
     return subprocess.run(

@@ -2,7 +2,7 @@
 
 Cold and warm, in chunks and whole, preempted and recomputed, by graph and eagerly; on a CPU and on a GPU. What a
 greedy request gets alone is HF's (test_parity.py), what a draw gives is the float64 distribution's
-(ops/test_sample.py).
+(ops/tokens/test_sample.py).
 """
 
 import random

@@ -14,7 +14,7 @@ from gemcutter.bench.timing import Ceiling, copies, held_bytes, plan_turns
 from gemcutter.cli import main
 from gemcutter.cli.ops_table import ops_table, rows_table
 from gemcutter.cli.table import show
-from gemcutter.ops.rms_norm import rms_norm_reference
+from gemcutter.ops.norms.rms_norm import rms_norm_reference
 from gemcutter.verify import cases
 from gemcutter.verify.case import Case
 from gemcutter.verify.check import Result

@@ -20,8 +20,8 @@ from gemcutter.checkpoint.table import empty_weights, pieces
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
 from gemcutter.model import cost
+from gemcutter.ops.attention.rope import rope_table
 from gemcutter.ops.quantize_fp8 import Quantized
-from gemcutter.ops.rope import rope_table
 from gemcutter.spec import Family, Kind
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import torch
 
 from gemcutter.cli import main
 from gemcutter.cli import tune as command
-from gemcutter.ops import experts_table
-from gemcutter.ops.experts_table import Plan, Shape, Table, Tile, Times, table_path, write_table
+from gemcutter.ops.moe import experts_table
+from gemcutter.ops.moe.experts_table import Plan, Shape, Table, Tile, Times, table_path, write_table
 
 SIZES = ["--num-experts", "128", "--top-k", "8", "--hidden", "2816", "--intermediate", "704"]
 SHAPE = Shape(128, 8, 2816, 704)

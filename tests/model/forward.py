@@ -12,11 +12,11 @@ from gemcutter.cache.pool import KVPool
 from gemcutter.checkpoint.config import read_spec
 from gemcutter.checkpoint.dummy import dummy_weights
 from gemcutter.model.models import Model
-from gemcutter.ops.embed import embed
-from gemcutter.ops.linear import linear
-from gemcutter.ops.logits import logits
-from gemcutter.ops.rms_norm import rms_norm
-from gemcutter.ops.t5_norm import t5_norm
+from gemcutter.ops.linears.linear import linear
+from gemcutter.ops.norms.rms_norm import rms_norm
+from gemcutter.ops.norms.t5_norm import t5_norm
+from gemcutter.ops.tokens.embed import embed
+from gemcutter.ops.tokens.logits import logits
 from gemcutter.spec import Family
 
 S, F = "sliding_attention", "full_attention"

@@ -9,21 +9,21 @@ import torch
 
 # Every op of the forward pass but the matrix products (attention and experts): where its reference stands.
 REFERENCES = {
-    "add_norm": "add_norm.add_norm_reference",
-    "embed": "embed.embed_reference",
-    "layer_seam": "layer_seam.layer_seam_reference",
-    "per_layer_inputs": "per_layer_inputs.per_layer_inputs_reference",
-    "qkv_rope_store": "qkv_rope_store.qkv_rope_store_reference",
-    "rms_norm": "rms_norm.rms_norm_reference",
-    "rope_store": "rope_store.rope_store_reference",
-    "seam_gate_up": "seam_gate_up.seam_gate_up_reference",
-    "seam_linear": "seam_linear.seam_linear_reference",
-    "select_experts": "select_experts.select_experts_reference",
-    "sigmoid_topk": "sigmoid_topk.sigmoid_topk_reference",
-    "softcap_": "logits.softcap_reference_",
-    "sort_by_expert": "sort_by_expert.sort_by_expert_reference",
-    "swiglu": "swiglu.swiglu_reference",
-    "t5_norm": "t5_norm.t5_norm_reference",
+    "add_norm": "seams.add_norm.add_norm_reference",
+    "embed": "tokens.embed.embed_reference",
+    "layer_seam": "seams.layer_seam.layer_seam_reference",
+    "per_layer_inputs": "tokens.per_layer_inputs.per_layer_inputs_reference",
+    "qkv_rope_store": "attention.qkv_rope_store.qkv_rope_store_reference",
+    "rms_norm": "norms.rms_norm.rms_norm_reference",
+    "rope_store": "attention.rope_store.rope_store_reference",
+    "seam_gate_up": "seams.seam_gate_up.seam_gate_up_reference",
+    "seam_linear": "seams.seam_linear.seam_linear_reference",
+    "select_experts": "moe.select_experts.select_experts_reference",
+    "sigmoid_topk": "moe.sigmoid_topk.sigmoid_topk_reference",
+    "softcap_": "tokens.logits.softcap_reference_",
+    "sort_by_expert": "moe.sort_by_expert.sort_by_expert_reference",
+    "swiglu": "activations.swiglu.swiglu_reference",
+    "t5_norm": "norms.t5_norm.t5_norm_reference",
 }
 
 

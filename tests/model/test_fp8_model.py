@@ -17,7 +17,12 @@ from gemcutter.model import glm4_moe_plain, plain
 from gemcutter.model.models import MODELS
 from gemcutter.spec import Family
 
-PAIRING = "attention_seam", "seam_gate_up", "seam_linear", "gate_up"  # what asks how its rows will be read
+PAIRING = (
+    "seams.attention_seam",
+    "seams.seam_gate_up",
+    "seams.seam_linear",
+    "linears.gate_up",
+)  # what asks how its rows will be read
 
 
 @pytest.fixture(scope="module", params=tiny_models.KINDS)
@@ -69,7 +74,7 @@ def test_same_bits_wherever_rows_are_quantised(kind, linears, layers, monkeypatc
     spec, weights, ids = kind[0], kind[1](torch.bfloat16), ids_of(kind[0], 40)
     in_fp8 = quantized(weights, linears=linears, experts=linears == LINEARS, layers=layers)
     fused = logits(spec, in_fp8, ids)
-    for op in (*PAIRING, "add_norm"):
+    for op in (*PAIRING, "seams.add_norm"):
         # By name among modules: in the package's namespace the function of that name hides its module.
         monkeypatch.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
     assert torch.equal(logits(spec, in_fp8, ids), fused)
@@ -90,6 +95,6 @@ def test_gpu_same_bits_wherever_rows_are_quantised(kind_name, tmp_path, monkeypa
             for op in PAIRING:
                 patched.setattr(sys.modules[f"gemcutter.ops.{op}"], "read_as_pair", lambda reader, dtype: False)
             for op, name in (("seam_gate_up", "streams_seam_gate_up"), ("seam_linear", "streams_behind_seam")):
-                patched.setattr(sys.modules[f"gemcutter.ops.{op}"], name, lambda *given, **more: False)
+                patched.setattr(sys.modules[f"gemcutter.ops.seams.{op}"], name, lambda *given, **more: False)
             assert not differing(case.run(), fused, spec)
         assert all(step.isfinite().all() for step in fused[0])

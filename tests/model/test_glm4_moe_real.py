@@ -15,7 +15,7 @@ from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
 from gemcutter.model import glm4_moe
 from gemcutter.model import glm4_moe_plain as plain
-from gemcutter.ops.t5_norm import t5_norm
+from gemcutter.ops.norms.t5_norm import t5_norm
 
 CHUNKS = [(0, 400), (400, 620), (620, 621)]
 

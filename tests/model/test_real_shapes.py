@@ -16,8 +16,8 @@ from forward import CUTS, PAGE, build, step_batch
 from gemcutter.cache.layout import CacheLayout
 from gemcutter.cache.pool import KVPool
 from gemcutter.model import gemma4, plain
-from gemcutter.ops.linear import linear
-from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.linears.linear import linear
+from gemcutter.ops.norms.rms_norm import rms_norm
 
 CHUNKS = [(0, 1100), (1100, 1400), (1400, 1401)]
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
-from gemcutter.ops.embed import embed, embed_reference
-from gemcutter.ops.geglu import geglu, geglu_reference, gelu_mul, gelu_mul_reference
-from gemcutter.ops.logits import logits, softcap_, softcap_reference_
-from gemcutter.ops.rms_norm import rms_norm, rms_norm_reference
-from gemcutter.ops.select_experts import select_experts
+from gemcutter.ops.activations.geglu import geglu, geglu_reference, gelu_mul, gelu_mul_reference
+from gemcutter.ops.moe.select_experts import select_experts
+from gemcutter.ops.norms.rms_norm import rms_norm, rms_norm_reference
+from gemcutter.ops.tokens.embed import embed, embed_reference
+from gemcutter.ops.tokens.logits import logits, softcap_, softcap_reference_
 from gemcutter.verify.compare import count_differing
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemcutter.ops.mean_square import mean_square_reference
-from gemcutter.ops.rms_norm import rms_norm
+from gemcutter.ops.norms.rms_norm import rms_norm
 
 WIDTHS = [1, 33, 256, 2816, 5376, 65536]
 

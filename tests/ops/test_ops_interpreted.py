@@ -125,7 +125,10 @@ if __name__ == "__main__":
 
     from gemcutter.verify.compare import count_differing
 
-    modules = ("attention_seam", "embed", "experts", "geglu", "layer_seam", "logits", "rms_norm", "row")
+    modules = (
+        "seams.attention_seam", "tokens.embed", "moe.experts", "activations.geglu", "seams.layer_seam",
+        "tokens.logits", "norms.rms_norm", "row",
+    )  # fmt: skip
     attention_seam, embed, experts, geglu, layer_seam, logits, rms_norm, row = (
         importlib.import_module(f"gemcutter.ops.{name}") for name in modules
     )

@@ -10,7 +10,7 @@ from drive import finish, request
 
 from gemcutter.config import EngineConfig
 from gemcutter.engine import Engine
-from gemcutter.ops.sample import argmax_into
+from gemcutter.ops.tokens.sample import argmax_into
 from gemcutter.run.bucket import PROMPTS, Bucket
 
 

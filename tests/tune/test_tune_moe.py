@@ -8,10 +8,10 @@ import torch
 from triton.compiler import CompiledKernel
 
 from gemcutter.bench.roof import Roof
-from gemcutter.ops.experts_table import Plan, Shape, Tile, read_table
-from gemcutter.ops.experts_tiled import _down_kernel, _up_kernel
-from gemcutter.ops.experts_tiled_fp8 import _down_fp8_kernel, _up_fp8_kernel
-from gemcutter.ops.experts_tiles import built_in_tiles
+from gemcutter.ops.moe.experts_table import Plan, Shape, Tile, read_table
+from gemcutter.ops.moe.experts_tiled import _down_kernel, _up_kernel
+from gemcutter.ops.moe.experts_tiled_fp8 import _down_fp8_kernel, _up_fp8_kernel
+from gemcutter.ops.moe.experts_tiles import built_in_tiles
 from gemcutter.run.ahead import compile_all
 from gemcutter.tune import moe, search
 from gemcutter.tune.candidates import SHARED, down_tiles, up_tiles

@@ -68,13 +68,13 @@ AFTER_HEAD = ("logits", "softcap", "embed", "sample")  # and the end
 def kernels_of_ops() -> dict[str, str]:
     """The file of ops/ of every Triton kernel there, by its name, which is the name that profilers show."""
     found: dict[str, str] = {}
-    for info in pkgutil.iter_modules(gemcutter.ops.__path__):
-        module = importlib.import_module(f"gemcutter.ops.{info.name}")
+    for info in pkgutil.walk_packages(gemcutter.ops.__path__, "gemcutter.ops."):
+        module, file = importlib.import_module(info.name), info.name.rpartition(".")[2]
         for name, value in vars(module).items():
             if not isinstance(value, triton.runtime.JITFunction) or not name.endswith("_kernel"):
                 continue  # what is not launched has no name in a profile
             if value.fn.__module__ == module.__name__:
-                assert found.setdefault(name, info.name) == info.name, f"two kernels are named {name}"
+                assert found.setdefault(name, file) == file, f"two kernels are named {name}"
     return found
 
 

@@ -21,8 +21,8 @@ from gemcutter.cli.table import show, table_of
 from gemcutter.spec import ModelSpec
 
 if TYPE_CHECKING:  # it imports PyTorch, for which no --help should wait
-    from gemcutter.ops.experts_table import Plan, Shape
-    from gemcutter.ops.experts_table import Table as TileTable
+    from gemcutter.ops.moe.experts_table import Plan, Shape
+    from gemcutter.ops.moe.experts_table import Table as TileTable
 
 BUCKETS = tuple(2**i for i in range(14))
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         args.parser.error("it times kernels, and PyTorch finds no GPU here; run it on the card to be tuned")
-    from gemcutter.ops.experts_table import Shape, table_path
+    from gemcutter.ops.moe.experts_table import Shape, table_path
 
     shape, device = Shape(*sizes), torch.cuda.get_device_name()
     out = args.out or table_path(device, dtype, shape)
@@ -137,7 +137,7 @@ def _tiles(plan: "Plan") -> list[str]:
 def _list(args: argparse.Namespace) -> int:
     import torch
 
-    from gemcutter.ops.experts_table import FOLDER, read_table, table_path
+    from gemcutter.ops.moe.experts_table import FOLDER, read_table, table_path
 
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     shown = table_of("device", "dtype", "experts", "top k", "hidden", "width", "tokens", "made with", "taken here")

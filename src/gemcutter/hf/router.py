@@ -4,7 +4,7 @@ import torch
 
 from gemcutter.hf.guards import takes_ops
 from gemcutter.ops import select_experts
-from gemcutter.ops.select_experts import MAX_EXPERTS, MAX_TOP_K
+from gemcutter.ops.moe.select_experts import MAX_EXPERTS, MAX_TOP_K
 
 
 class Router:

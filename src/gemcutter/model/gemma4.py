@@ -10,19 +10,19 @@ from torch import Tensor
 from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.weights import LayerWeights, Weights
-from gemcutter.ops.attend import attend
-from gemcutter.ops.embed import embed
-from gemcutter.ops.experts import experts
-from gemcutter.ops.layer_seam import Routed, layer_seam
-from gemcutter.ops.linear import linear
-from gemcutter.ops.logits import logits
-from gemcutter.ops.per_layer_inputs import per_layer_inputs
-from gemcutter.ops.qkv_rope_store import mode_of, qkv_rope_store
-from gemcutter.ops.rms_norm import rms_norm
-from gemcutter.ops.rope import rope_table
-from gemcutter.ops.seam_gate_up import seam_gate_up
-from gemcutter.ops.seam_linear import seam_linear
-from gemcutter.ops.select_experts import select_experts
+from gemcutter.ops.attention.attend import attend
+from gemcutter.ops.attention.qkv_rope_store import mode_of, qkv_rope_store
+from gemcutter.ops.attention.rope import rope_table
+from gemcutter.ops.linears.linear import linear
+from gemcutter.ops.moe.experts import experts
+from gemcutter.ops.moe.select_experts import select_experts
+from gemcutter.ops.norms.rms_norm import rms_norm
+from gemcutter.ops.seams.layer_seam import Routed, layer_seam
+from gemcutter.ops.seams.seam_gate_up import seam_gate_up
+from gemcutter.ops.seams.seam_linear import seam_linear
+from gemcutter.ops.tokens.embed import embed
+from gemcutter.ops.tokens.logits import logits
+from gemcutter.ops.tokens.per_layer_inputs import per_layer_inputs
 from gemcutter.spec import LayerSpec, ModelSpec
 
 

@@ -11,20 +11,20 @@ from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.glm4_moe_weights import Glm4MoeLayerWeights, Glm4MoeWeights
 from gemcutter.model.weights import Linear
-from gemcutter.ops.activation import Activation
-from gemcutter.ops.add_norm import Slots, add_norm
-from gemcutter.ops.attend import attend
-from gemcutter.ops.embed import embed
-from gemcutter.ops.experts import experts
-from gemcutter.ops.float_linear import float_linear
-from gemcutter.ops.linear import linear
-from gemcutter.ops.logits import logits
+from gemcutter.ops.activations.activation import Activation
+from gemcutter.ops.activations.swiglu import swiglu
+from gemcutter.ops.attention.attend import attend
+from gemcutter.ops.attention.rope import rope_table
+from gemcutter.ops.attention.rope_store import rope_store
+from gemcutter.ops.linears.float_linear import float_linear
+from gemcutter.ops.linears.linear import linear
+from gemcutter.ops.moe.experts import experts
+from gemcutter.ops.moe.sigmoid_topk import sigmoid_topk
+from gemcutter.ops.norms.t5_norm import t5_norm
 from gemcutter.ops.quantize_fp8 import Quantized
-from gemcutter.ops.rope import rope_table
-from gemcutter.ops.rope_store import rope_store
-from gemcutter.ops.sigmoid_topk import sigmoid_topk
-from gemcutter.ops.swiglu import swiglu
-from gemcutter.ops.t5_norm import t5_norm
+from gemcutter.ops.seams.add_norm import Slots, add_norm
+from gemcutter.ops.tokens.embed import embed
+from gemcutter.ops.tokens.logits import logits
 from gemcutter.spec import LayerSpec, ModelSpec
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from gemcutter.model.weights import Weights
-from gemcutter.ops.kv_fp8 import kv_scales
+from gemcutter.ops.attention.kv_fp8 import kv_scales
 from gemcutter.spec import ModelSpec
 
 

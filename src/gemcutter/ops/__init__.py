@@ -6,33 +6,33 @@ On Hopper their kernels are chained (`chain.py`): what is passed as a model's we
 them, unless an operation of PyTorch's came after it. (The routing weights that `experts` takes are data, and may.)
 """
 
-from gemcutter.ops.activation import Activation
-from gemcutter.ops.add_norm import Slots, add_norm
-from gemcutter.ops.attention_seam import attention_seam
-from gemcutter.ops.embed import embed
-from gemcutter.ops.experts import experts
-from gemcutter.ops.float_linear import float_linear
-from gemcutter.ops.gate_up import gate_up
-from gemcutter.ops.geglu import geglu, gelu_mul
-from gemcutter.ops.geglu_fp8 import geglu_fp8
-from gemcutter.ops.k_eq_v_norm import k_eq_v_norm
-from gemcutter.ops.layer_seam import Routed, layer_seam
-from gemcutter.ops.linear import linear
-from gemcutter.ops.logits import logits, softcap_
-from gemcutter.ops.per_layer_inputs import per_layer_inputs
-from gemcutter.ops.qkv_norm import qkv_norm_
-from gemcutter.ops.qkv_rope_store import QkvMode, qkv_rope_store
+from gemcutter.ops.activations.activation import Activation
+from gemcutter.ops.activations.geglu import geglu, gelu_mul
+from gemcutter.ops.activations.geglu_fp8 import geglu_fp8
+from gemcutter.ops.activations.swiglu import swiglu
+from gemcutter.ops.attention.k_eq_v_norm import k_eq_v_norm
+from gemcutter.ops.attention.qkv_norm import qkv_norm_
+from gemcutter.ops.attention.qkv_rope_store import QkvMode, qkv_rope_store
+from gemcutter.ops.attention.rope_store import rope_store
+from gemcutter.ops.linears.float_linear import float_linear
+from gemcutter.ops.linears.gate_up import gate_up
+from gemcutter.ops.linears.linear import linear
+from gemcutter.ops.moe.experts import experts
+from gemcutter.ops.moe.select_experts import select_experts
+from gemcutter.ops.moe.sigmoid_topk import sigmoid_topk
+from gemcutter.ops.moe.sort_by_expert import sort_by_expert
+from gemcutter.ops.norms.rms_norm import rms_norm
+from gemcutter.ops.norms.rms_norm_fp8 import rms_norm_fp8
+from gemcutter.ops.norms.t5_norm import t5_norm
 from gemcutter.ops.quantize_fp8 import Quantized, quantize_fp8
-from gemcutter.ops.rms_norm import rms_norm
-from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8
-from gemcutter.ops.rope_store import rope_store
-from gemcutter.ops.seam_gate_up import seam_gate_up
-from gemcutter.ops.seam_linear import seam_linear
-from gemcutter.ops.select_experts import select_experts
-from gemcutter.ops.sigmoid_topk import sigmoid_topk
-from gemcutter.ops.sort_by_expert import sort_by_expert
-from gemcutter.ops.swiglu import swiglu
-from gemcutter.ops.t5_norm import t5_norm
+from gemcutter.ops.seams.add_norm import Slots, add_norm
+from gemcutter.ops.seams.attention_seam import attention_seam
+from gemcutter.ops.seams.layer_seam import Routed, layer_seam
+from gemcutter.ops.seams.seam_gate_up import seam_gate_up
+from gemcutter.ops.seams.seam_linear import seam_linear
+from gemcutter.ops.tokens.embed import embed
+from gemcutter.ops.tokens.logits import logits, softcap_
+from gemcutter.ops.tokens.per_layer_inputs import per_layer_inputs
 
 __all__ = [
     "Activation",

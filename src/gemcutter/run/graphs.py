@@ -14,7 +14,7 @@ from rich.progress import track
 from gemcutter.batch import StepBatch
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.models import Model
-from gemcutter.ops.sample import argmax_into
+from gemcutter.ops.tokens.sample import argmax_into
 from gemcutter.run.ahead import compile_ahead
 from gemcutter.run.bucket import PROMPTS, Bucket
 from gemcutter.run.build import StepBuilder

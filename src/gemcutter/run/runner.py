@@ -6,8 +6,8 @@ import torch
 
 from gemcutter.cache.pool import KVPool
 from gemcutter.model.models import Model
-from gemcutter.ops.sample import SampleResult, argmax_into, sample
-from gemcutter.ops.sample_batch import SampleBatch, SampleRow
+from gemcutter.ops.tokens.sample import SampleResult, argmax_into, sample
+from gemcutter.ops.tokens.sample_batch import SampleBatch, SampleRow
 from gemcutter.run.build import StepBuilder
 from gemcutter.run.graphs import StepGraphs
 from gemcutter.schedule.plan import Plan

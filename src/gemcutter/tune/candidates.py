@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gemcutter.ops.experts_table import Tile
+from gemcutter.ops.moe.experts_table import Tile
 
 # block_m: the rows an expert has in the mean, at least and at most. Fewer leave the tile empty; more read the
 # weights once for every tile of them.

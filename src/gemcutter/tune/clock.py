@@ -12,9 +12,9 @@ import torch
 
 from gemcutter.bench.roof import Roof
 from gemcutter.bench.timing import GRAPH_SECONDS, Graph, time_graphs
-from gemcutter.ops.expert_slots import expert_slots
-from gemcutter.ops.experts_table import Plan, Shape
-from gemcutter.ops.experts_tiles import built_in_plan, takes
+from gemcutter.ops.moe.expert_slots import expert_slots
+from gemcutter.ops.moe.experts_table import Plan, Shape
+from gemcutter.ops.moe.experts_tiles import built_in_plan, takes
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of, quantize_fp8
 
 COPIES = 2  # of the weights: what one call read has left the cache when its copy's turn comes again

@@ -10,8 +10,8 @@ import triton
 
 import gemcutter
 from gemcutter.bench.roof import measure_roof
-from gemcutter.ops.expert_slots import expert_slots
-from gemcutter.ops.experts_table import Plan, Shape, Table, read_table, write_table
+from gemcutter.ops.moe.expert_slots import expert_slots
+from gemcutter.ops.moe.experts_table import Plan, Shape, Table, read_table, write_table
 from gemcutter.ops.quantize_fp8 import Quantized
 from gemcutter.run.ahead import compile_all
 from gemcutter.tune.clock import Clock

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemcutter.ops.experts_table import Tile, write_whole
+from gemcutter.ops.moe.experts_table import Tile, write_whole
 from gemcutter.tune.search import Found
 
 

@@ -7,8 +7,8 @@ good, and a tile that serves several numbers of tokens is one kernel less to com
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from gemcutter.ops.experts_table import KERNELS, Plan, Shape, Tile, Times
-from gemcutter.ops.experts_tiles import built_in_tiles
+from gemcutter.ops.moe.experts_table import KERNELS, Plan, Shape, Tile, Times
+from gemcutter.ops.moe.experts_tiles import built_in_tiles
 from gemcutter.tune.candidates import down_tiles, up_tiles
 
 NEAR = 1.01  # times the best: the noise of a measurement

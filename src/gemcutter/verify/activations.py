@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from gemcutter.ops.geglu import geglu_launch, geglu_reference, gelu_mul_launch, gelu_mul_reference
-from gemcutter.ops.geglu_fp8 import geglu_fp8_launch, geglu_fp8_reference
-from gemcutter.ops.logits import softcap_launch_, softcap_reference_
+from gemcutter.ops.activations.geglu import geglu_launch, geglu_reference, gelu_mul_launch, gelu_mul_reference
+from gemcutter.ops.activations.geglu_fp8 import geglu_fp8_launch, geglu_fp8_reference
+from gemcutter.ops.norms.rms_norm_fp8 import rms_norm_fp8_launch, rms_norm_fp8_reference
 from gemcutter.ops.quantize_fp8 import quantize_fp8_launch, quantize_fp8_reference
-from gemcutter.ops.rms_norm_fp8 import rms_norm_fp8_launch, rms_norm_fp8_reference
+from gemcutter.ops.tokens.logits import softcap_launch_, softcap_reference_
 from gemcutter.verify import cuda_arithmetic
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw

@@ -2,9 +2,9 @@
 
 import torch
 
-from gemcutter.ops.k_eq_v_norm import k_eq_v_norm_launch, k_eq_v_norm_reference
-from gemcutter.ops.qkv_norm import qkv_norm_launch, qkv_norm_reference
-from gemcutter.ops.qkv_rope_store import (
+from gemcutter.ops.attention.k_eq_v_norm import k_eq_v_norm_launch, k_eq_v_norm_reference
+from gemcutter.ops.attention.qkv_norm import qkv_norm_launch, qkv_norm_reference
+from gemcutter.ops.attention.qkv_rope_store import (
     KV_PARTS,
     QkvMode,
     qkv_rope_store_launch,

@@ -20,11 +20,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gemcutter import ops
-from gemcutter.ops.attend_decode import ROWS, SPLIT, launch_decode
-from gemcutter.ops.attend_decode_hopper import launch_hopper
-from gemcutter.ops.attend_prefill import launch_prefill
-from gemcutter.ops.attend_prefill_hopper import prefill
-from gemcutter.ops.qkv_rope_store import qkv_rope_store_launch
+from gemcutter.ops.attention.attend_decode import ROWS, SPLIT, launch_decode
+from gemcutter.ops.attention.attend_decode_hopper import launch_hopper
+from gemcutter.ops.attention.attend_prefill import launch_prefill
+from gemcutter.ops.attention.attend_prefill_hopper import prefill
+from gemcutter.ops.attention.qkv_rope_store import qkv_rope_store_launch
 from gemcutter.verify.case import Case
 from gemcutter.verify.cases import all_cases
 from gemcutter.verify.inputs import Kind
@@ -44,8 +44,8 @@ MOST_BYTES = 2**28  # of one launch's tensors
 def launched_kernels() -> set[str]:
     """Module and name of every kernel that something in `gemcutter.ops` launches, as `name[grid](...)`."""
     found = set()
-    for info in pkgutil.iter_modules(ops.__path__):
-        module = importlib.import_module(f"{ops.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(ops.__path__, ops.__name__ + "."):
+        module = importlib.import_module(info.name)
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 kernel = getattr(module, getattr(node.func.value, "id", ""), None)

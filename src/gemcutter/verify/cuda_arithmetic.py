@@ -8,8 +8,8 @@ verify holds the same kernels to PyTorch itself.
 import numpy as np
 import torch
 
+from gemcutter.ops.moe.sigmoid_topk import choose
 from gemcutter.ops.quantize_fp8 import quantize_fp8_reference
-from gemcutter.ops.sigmoid_topk import choose
 from gemcutter.verify.floats import fma, whole_vectors
 
 

@@ -1,7 +1,7 @@
 """Cases of the token embeddings and of the per-layer ones."""
 
-from gemcutter.ops.embed import embed_launch, embed_reference
-from gemcutter.ops.per_layer_inputs import per_layer_inputs_launch, per_layer_inputs_reference
+from gemcutter.ops.tokens.embed import embed_launch, embed_reference
+from gemcutter.ops.tokens.per_layer_inputs import per_layer_inputs_launch, per_layer_inputs_reference
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw
 from gemcutter.verify.shapes import EPS, GEMMA, PER_LAYER, Model

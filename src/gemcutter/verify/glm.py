@@ -2,11 +2,11 @@
 
 import torch
 
-from gemcutter.ops.add_norm import add_norm_launch, add_norm_reference
-from gemcutter.ops.rope_store import rope_store_launch, rope_store_reference
-from gemcutter.ops.sigmoid_topk import sigmoid_topk_launch, sigmoid_topk_reference
-from gemcutter.ops.swiglu import swiglu_launch, swiglu_reference
-from gemcutter.ops.t5_norm import t5_norm_launch, t5_norm_reference
+from gemcutter.ops.activations.swiglu import swiglu_launch, swiglu_reference
+from gemcutter.ops.attention.rope_store import rope_store_launch, rope_store_reference
+from gemcutter.ops.moe.sigmoid_topk import sigmoid_topk_launch, sigmoid_topk_reference
+from gemcutter.ops.norms.t5_norm import t5_norm_launch, t5_norm_reference
+from gemcutter.ops.seams.add_norm import add_norm_launch, add_norm_reference
 from gemcutter.verify import cuda_arithmetic
 from gemcutter.verify.case import Case
 from gemcutter.verify.compare import POISON

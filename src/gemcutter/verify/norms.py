@@ -2,9 +2,9 @@
 
 import functools
 
-from gemcutter.ops.attention_seam import attention_seam_launch, attention_seam_reference
-from gemcutter.ops.layer_seam import layer_seam_launch, layer_seam_reference
-from gemcutter.ops.rms_norm import rms_norm_launch, rms_norm_reference
+from gemcutter.ops.norms.rms_norm import rms_norm_launch, rms_norm_reference
+from gemcutter.ops.seams.attention_seam import attention_seam_launch, attention_seam_reference
+from gemcutter.ops.seams.layer_seam import layer_seam_launch, layer_seam_reference
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw
 from gemcutter.verify.shapes import EPS, GEMMA, PER_LAYER, Model

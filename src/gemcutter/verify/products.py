@@ -5,23 +5,23 @@ from collections.abc import Callable
 
 import torch
 
-from gemcutter.ops.activation import Activation
-from gemcutter.ops.experts import experts_launch
-from gemcutter.ops.experts_fp8 import experts_fp8_launch
-from gemcutter.ops.experts_hopper import grouped_experts
-from gemcutter.ops.experts_stream_hopper import stream_experts
-from gemcutter.ops.float_linear import float_linear_launch
-from gemcutter.ops.gate_up_fp8_hopper import stream_gate_up_fp8
-from gemcutter.ops.gate_up_hopper import stream_gate_up
-from gemcutter.ops.linear import linear_launch
-from gemcutter.ops.linear_fp8 import linear_fp8_launch
-from gemcutter.ops.linear_fp8_hopper import stream_row
-from gemcutter.ops.linear_hopper import stream
-from gemcutter.ops.linear_row_hopper import stream_row as stream_linear_row
+from gemcutter.ops.activations.activation import Activation
+from gemcutter.ops.linears.float_linear import float_linear_launch
+from gemcutter.ops.linears.gate_up_fp8_hopper import stream_gate_up_fp8
+from gemcutter.ops.linears.gate_up_hopper import stream_gate_up
+from gemcutter.ops.linears.linear import linear_launch
+from gemcutter.ops.linears.linear_fp8 import linear_fp8_launch
+from gemcutter.ops.linears.linear_fp8_hopper import stream_row
+from gemcutter.ops.linears.linear_hopper import stream
+from gemcutter.ops.linears.linear_row_hopper import stream_row as stream_linear_row
+from gemcutter.ops.moe.experts import experts_launch
+from gemcutter.ops.moe.experts_fp8 import experts_fp8_launch
+from gemcutter.ops.moe.experts_hopper import grouped_experts
+from gemcutter.ops.moe.experts_stream_hopper import stream_experts
 from gemcutter.ops.quantize_fp8 import Quantized, pair_of
-from gemcutter.ops.seam_gate_up_hopper import stream_seam_gate_up
-from gemcutter.ops.seam_gate_up_wide_hopper import stream_seam_gate_up_wide
-from gemcutter.ops.seam_linear_hopper import stream_seam_linear
+from gemcutter.ops.seams.seam_gate_up_hopper import stream_seam_gate_up
+from gemcutter.ops.seams.seam_gate_up_wide_hopper import stream_seam_gate_up_wide
+from gemcutter.ops.seams.seam_linear_hopper import stream_seam_linear
 
 WIDE = ((2560, 10240), (1536, 6144))  # E4B's MLP, and E2B's
 

@@ -1,7 +1,7 @@
 """Cases of the experts' selection and of the sort by expert."""
 
-from gemcutter.ops.select_experts import select_experts_launch, select_experts_reference
-from gemcutter.ops.sort_by_expert import sort_by_expert_launch, sort_by_expert_reference
+from gemcutter.ops.moe.select_experts import select_experts_launch, select_experts_reference
+from gemcutter.ops.moe.sort_by_expert import sort_by_expert_launch, sort_by_expert_reference
 from gemcutter.verify import cuda_arithmetic
 from gemcutter.verify.case import Case
 from gemcutter.verify.inputs import Draw

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gemcutter.ops.qkv_rope_store import QkvMode
+from gemcutter.ops.attention.qkv_rope_store import QkvMode
 
 EPS = 1e-6
 VOCABULARY = 262_144

@@ -1,0 +1,1 @@
+"""Gate and up become one: GeGLU and SwiGLU, and their results in FP8."""
