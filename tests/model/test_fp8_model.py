@@ -17,12 +17,8 @@ from gemcutter.model import glm4_moe_plain, plain
 from gemcutter.model.models import MODELS
 from gemcutter.spec import Family
 
-PAIRING = (
-    "seams.attention_seam",
-    "seams.seam_gate_up",
-    "seams.seam_linear",
-    "linears.gate_up",
-)  # what asks how its rows will be read
+# What asks how its rows will be read.
+PAIRING = "seams.attention_seam", "seams.seam_gate_up", "seams.seam_linear", "linears.gate_up"
 
 
 @pytest.fixture(scope="module", params=tiny_models.KINDS)
