@@ -49,9 +49,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 def floor_of(module: str) -> int:
-    room, inner, _ = [*module.split("."), "", ""][:3]
+    room, *inner = module.split(".")
     if room == "ops" and inner:
-        room = f"ops.{inner}" if f"ops.{inner}" in FLOORS else "ops.*"
+        room = f"ops.{inner[0]}" if f"ops.{inner[0]}" in FLOORS else "ops.*"
     return FLOORS.index(room)
 
 

@@ -98,7 +98,7 @@ def _in_eights(
         weight = F.pad(weight, (0, depth, 0, columns))
         bias = None if bias is None else F.pad(bias, (0, columns))
     if depth or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = F.pad(x, (0, -x.shape[1] % 8)) if depth else x.clone(memory_format=torch.contiguous_format)
+        x = F.pad(x, (0, depth)) if depth else x.clone(memory_format=torch.contiguous_format)
     return x, weight if weight.data_ptr() % 16 == 0 else weight.clone(), bias
 
 
